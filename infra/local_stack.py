@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Kafka and S3 on this machine, for trying the pair out and for its tests.
 
-Run in the foreground it gives the addresses that .env.example names: Apache Kafka 3.3.1 with ZooKeeper
-where Java is found, else the small broker inside the confluent-kafka wheel; versitygw where it is found,
-else moto's server. Ctrl-C stops both and removes their data.
+Run in the foreground it gives the addresses that .env.example names: Apache Kafka 3.3.1 with
+ZooKeeper where Java is found, else the small broker inside the confluent-kafka wheel; versitygw
+where it is found, else moto's server. Ctrl-C stops both and removes their data.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import ctypes
+import functools
+import importlib.util
 import logging
 import os
 import random
@@ -37,8 +39,8 @@ LOCAL = ROOT / ".local"  # what is fetched or built; ignored by git
 EXAMPLE = dotenv_values(ROOT / ".env.example", interpolate=False)
 API_VERSION = (2, 8, 1)
 
-# Linux: the kernel kills the child when this process dies, however it dies. Set by the child itself, since
-# code between fork and exec is unsafe in a process with threads.
+# Linux: the kernel kills the child when the thread that started it dies, however it dies. Set by
+# the child itself, since code between fork and exec is unsafe in a process with threads.
 _DIE_WITH_PARENT = (
     "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execv(sys.argv[1], sys.argv[1:])"
 )
@@ -57,8 +59,8 @@ class StackError(Exception):
 
 
 def free_port() -> int:
-    """A free port on the loopback, below the range from which Linux takes the ports of outgoing connections:
-    while a server is stopped, a client that retries cannot take its port (or connect to itself)."""
+    """A free port on the loopback, below the range from which Linux takes the ports of outgoing
+    connections: while a server is stopped, a client that retries cannot take its port."""
     while True:
         port = random.randrange(15000, 32000)
         if port_is_free(port):
@@ -77,7 +79,7 @@ def port_is_free(port: int) -> bool:
 
 
 def spawn(command: list[str], log: Path, env: Mapping[str, str] | None = None) -> subprocess.Popen:
-    """Start `command` in a session of its own (a Ctrl-C at the terminal is ours to pass on), output to `log`."""
+    """Start `command`, output to `log`, in a session of its own: Ctrl-C there is for us alone."""
     if sys.platform == "linux":
         executable = shutil.which(command[0]) or command[0]
         command = [sys.executable, "-ISc", _DIE_WITH_PARENT, executable, *command[1:]]
@@ -109,7 +111,7 @@ def _tail(log: Path, lines: int = 20) -> str:
 
 
 def _wait_listening(process: subprocess.Popen, port: int, log: Path, timeout: float = 60) -> None:
-    """Return once 127.0.0.1:port takes connections; StackError when the process ends or time is up."""
+    """Return once 127.0.0.1:port takes connections; StackError when process or time ends."""
     deadline = time.monotonic() + timeout
     while True:
         try:
@@ -122,18 +124,18 @@ def _wait_listening(process: subprocess.Popen, port: int, log: Path, timeout: fl
             time.sleep(0.02)
 
 
+@functools.cache
 def java() -> str:
-    """The Java to use; StackError where none runs (macOS has a `java` that only asks for an installation)."""
+    """The Java to use; StackError where none runs (macOS has a `java` that only says so)."""
     home = os.environ.get("JAVA_HOME")
-    for path in ([f"{home}/bin/java"] if home else []) + [shutil.which("java")]:
-        if path and Path(path).exists():
-            if subprocess.run([path, "-version"], capture_output=True, check=False).returncode == 0:
-                return path
-    raise StackError("Java was not found")
+    path = shutil.which(f"{home}/bin/java" if home else "java")
+    if path is None or subprocess.run([path, "-version"], capture_output=True).returncode != 0:
+        raise StackError("Java was not found")
+    return path
 
 
 def kafka_home() -> Path:
-    """A folder with Kafka's jars under libs/: KAFKA_HOME, or .local/kafka filled by Maven the first time."""
+    """A folder with Kafka's jars in libs/: KAFKA_HOME, or .local/kafka, filled by Maven once."""
     java()
     if "KAFKA_HOME" in os.environ:
         home = Path(os.environ["KAFKA_HOME"])
@@ -166,8 +168,9 @@ def kafka_home() -> Path:
 class Kafka:
     """Apache Kafka 3.3.1 and ZooKeeper as two child processes on the loopback, data under `folder`.
 
-    The listener CLIENT is for the scripts, at `port`; INTERNAL is always plaintext, for the broker itself and
-    for the methods here. So a test secures CLIENT alone, by overriding `listener.security.protocol.map`.
+    The listener CLIENT is for the scripts, at `port`; INTERNAL is always plaintext, for the broker
+    itself and for the methods here. So a test can secure CLIENT alone, by overriding
+    `listener.security.protocol.map`.
     """
 
     def __init__(
@@ -194,7 +197,6 @@ class Kafka:
             "listener.security.protocol.map": "CLIENT:PLAINTEXT,INTERNAL:PLAINTEXT",
             "inter.broker.listener.name": "INTERNAL",
             "zookeeper.connect": f"127.0.0.1:{self.zookeeper_port}",
-            # A killed broker can come back once ZooKeeper has forgotten it.
             "zookeeper.session.timeout.ms": "6000",
             "log.dirs": str(self.folder / "kafka"),
             "auto.create.topics.enable": "false",
@@ -215,11 +217,15 @@ class Kafka:
         return {name: p.pid for name, p in both.items() if p is not None and p.poll() is None}
 
     def start(self) -> Kafka:
-        """Start ZooKeeper and the broker; return when the broker answers."""
+        """Start ZooKeeper and the broker; return when the broker answers. All or nothing."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._write("log4j.properties", _LOG4J)
-        self._start_zookeeper()
-        self.start_broker()
+        try:
+            self._start_zookeeper()
+            self.start_broker()
+        except BaseException:
+            self.stop()
+            raise
         return self
 
     def stop(self) -> None:
@@ -234,21 +240,23 @@ class Kafka:
             self.broker.wait()
 
     def start_broker(self, timeout: float = 60) -> None:
-        """Start the broker; return when it answers. After kill() that takes until ZooKeeper's session of the
-        killed broker has ended: until then a new one is refused and ends, and is started again."""
-        config = self._write(
-            "server.properties", "".join(f"{k}={v}\n" for k, v in self.properties.items())
-        )
-        log, deadline = self.folder / "broker.log", time.monotonic() + timeout
-        while True:
-            self.broker = self._jvm(log, ["-Xmx256M", "-Xms128M"], "kafka.Kafka", config)
+        """Start the broker; return when it answers. ZooKeeper refuses a new one until the session
+        of one that was killed is over: that takes up to 6 s, and is waited for here."""
+        properties = "".join(f"{key}={value}\n" for key, value in self.properties.items())
+        config, log = self._write("server.properties", properties), self.folder / "broker.log"
+        deadline = time.monotonic() + timeout
+        while self._registered() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        self.broker = self._jvm(log, ["-Xmx256M", "-Xms128M"], "kafka.Kafka", config)
+        _wait_listening(self.broker, self.internal_port, log, timeout)
+        while True:  # the port opens before requests are served, and those before a controller is
             try:
-                _wait_listening(self.broker, self.internal_port, log, deadline - time.monotonic())
-                self._wait_answering(deadline)
-                return
-            except StackError:
-                if "NodeExists" not in _tail(log, 60) or time.monotonic() > deadline:
-                    raise
+                return self._admin(lambda admin: admin.list_topics())
+            except KafkaError as error:
+                if self.broker.poll() is not None or time.monotonic() > deadline:
+                    end(self.broker)
+                    raise StackError(f"{error}; the broker's log ends:\n{_tail(log)}") from None
+                time.sleep(0.05)
 
     def stop_broker(self) -> None:
         """SIGTERM to the broker; return when it has ended."""
@@ -272,7 +280,7 @@ class Kafka:
 
     def command(self, main_class: str, *args: str) -> str:
         """Run one of Kafka's own tools by its class, as bin/*.sh do (kafka-consumer-groups.sh is
-        kafka.admin.ConsumerGroupCommand), and return its output; CalledProcessError when it fails."""
+        kafka.admin.ConsumerGroupCommand); its output. CalledProcessError when it fails."""
         command = [self._java, "-cp", f"{self._libs}/*", main_class, *args]
         return subprocess.run(
             command, capture_output=True, text=True, check=True, timeout=60
@@ -289,6 +297,7 @@ class Kafka:
             f"clientPort={self.zookeeper_port}\n"
             "clientPortAddress=127.0.0.1\n"
             "admin.enableServer=false\n"
+            "4lw.commands.whitelist=dump\n"
             "maxClientCnxns=0\n",
         )
         log = self.folder / "zookeeper.log"
@@ -307,19 +316,11 @@ class Kafka:
         path.write_text(text)
         return path
 
-    def _wait_answering(self, deadline: float) -> None:
-        """The port opens before requests are served, and the broker serves before it has a controller."""
-        assert self.broker is not None
-        while True:
-            try:
-                return self._admin(lambda admin: admin.list_topics())
-            except KafkaError:
-                if self.broker.poll() is not None or time.monotonic() > deadline:
-                    end(self.broker)
-                    raise StackError(
-                        f"the broker does not answer; its log ends:\n{self.log_tail()}"
-                    ) from None
-                time.sleep(0.05)
+    def _registered(self) -> bool:
+        """Whether ZooKeeper still knows a broker."""
+        with socket.create_connection(("127.0.0.1", self.zookeeper_port), 5) as connection:
+            connection.sendall(b"dump")
+            return b"/brokers/ids/" in connection.makefile("rb").read()
 
     def _admin(self, ask: Callable[[KafkaAdminClient], object]) -> None:
         admin = KafkaAdminClient(bootstrap_servers=self.internal, api_version=API_VERSION)
@@ -330,10 +331,10 @@ class Kafka:
 
 
 class EmbeddedKafka:
-    """librdkafka's mock broker, out of the confluent-kafka wheel: in memory, in this process, no Java.
+    """librdkafka's mock broker, out of the confluent-kafka wheel: in memory, in this process.
 
-    For trying things out: it keeps 5 MiB a partition and then drops the oldest. It chooses its own port, so
-    a relay listens at `port`, and the broker is told to name that as its address.
+    For trying things out: it keeps 5 MiB a partition and then drops the oldest. It chooses its own
+    port, so a relay listens at `port`, and the broker is told to name that as its address.
     """
 
     def __init__(self, port: int = 0):
@@ -435,7 +436,7 @@ def versitygw() -> str | None:
 
 
 class S3:
-    """An S3 server on the loopback: versitygw, data under `folder`, or moto's server, data in memory."""
+    """An S3 server on the loopback: versitygw, data in `folder`, or moto's server, in memory."""
 
     access_key = EXAMPLE["AWS_ACCESS_KEY_ID"] or ""
     secret_key = EXAMPLE["AWS_SECRET_ACCESS_KEY"] or ""
@@ -462,6 +463,8 @@ class S3:
                 "posix",
                 str(data),
             ]
+        elif importlib.util.find_spec("moto") is None:
+            raise StackError("no S3 server: pip install '.[local]' (moto), or install versitygw")
         else:
             command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
         keys = {"ROOT_ACCESS_KEY": self.access_key, "ROOT_SECRET_KEY": self.secret_key}
@@ -490,33 +493,36 @@ class S3:
         end(self.process)
 
 
-def start_broker(folder: Path, port: int) -> tuple[Kafka | EmbeddedKafka, str]:
-    """The real broker, or else the embedded one; with the name of what it is."""
+def start_kafka(folder: Path, port: int) -> tuple[Kafka | EmbeddedKafka, str]:
+    """The real broker, or else the embedded one; and the name of what it is."""
     try:
         return Kafka(folder, port).start(), "Apache Kafka 3.3.1 with ZooKeeper"
     except StackError as error:
-        print(f"No real Kafka broker here: {error}. Using the embedded one.", file=sys.stderr)
-        return EmbeddedKafka(port).start(), "embedded broker of confluent-kafka, in memory"
+        print(f"No real broker here: {error}. The embedded one takes its place.", file=sys.stderr)
+        return EmbeddedKafka(port).start(), "the embedded broker of confluent-kafka, in memory"
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
+
+    def port(text: str) -> int:
+        if not 0 < int(text) < 65536:
+            raise ValueError
+        return int(text)
+
     result = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    result.add_argument(
-        "--port", type=int, default=9092, help="Kafka's port on localhost (default: %(default)s)"
-    )
-    result.add_argument(
-        "--s3-port", type=int, default=9000, help="S3's port on localhost (default: %(default)s)"
-    )
+    for flag, default, whose in (("--port", 9092, "Kafka's"), ("--s3-port", 9000, "S3's")):
+        text = f"{whose} port on localhost (default: %(default)s)"
+        result.add_argument(flag, type=port, metavar="PORT", default=default, help=text)
     return result
 
 
 def run(port: int, s3_port: int) -> None:
-    """Start both, say where they are, and wait; returns never, ends by an exception."""
+    """Start both, say where they are, and wait; never returns, ends by an exception."""
     for flag, number in (("--port", port), ("--s3-port", s3_port)):
         if not port_is_free(number):
             raise StackError(
-                f"port {number} on localhost is in use: stop what listens there, or choose another {flag}"
+                f"port {number} on localhost is in use: stop what listens there or change {flag}"
             )
     with ExitStack() as cleanup:
         folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="kafka-s3-")))
@@ -525,7 +531,7 @@ def run(port: int, s3_port: int) -> None:
         s3.start()
         bucket = EXAMPLE["S3_BUCKET"] or ""
         s3.create_bucket(bucket)
-        kafka, kind = start_broker(folder, port)
+        kafka, kind = start_kafka(folder, port)
         cleanup.callback(kafka.stop)
         topics = [EXAMPLE["KAFKA_TOPIC"] or "", EXAMPLE["KAFKA_DLQ_TOPIC"] or ""]
         for topic in topics:
@@ -533,15 +539,13 @@ def run(port: int, s3_port: int) -> None:
         print(f"Kafka: localhost:{port} ({kind}), topics {', '.join(topics)}")
         print(f"S3:    http://localhost:{s3_port} ({s3.kind}), bucket {bucket}")
         print("Ready. Ctrl-C stops both and removes their data.", flush=True)
-        children = [s3.process] + (
-            [kafka.broker, kafka.zookeeper] if isinstance(kafka, Kafka) else []
-        )
+        children = {"S3": s3.process}
+        if isinstance(kafka, Kafka):
+            children |= {"the broker": kafka.broker, "ZooKeeper": kafka.zookeeper}
         while True:
-            for child in children:
+            for name, child in children.items():
                 if child is not None and child.poll() is not None:
-                    raise StackError(
-                        f"{Path(child.args[-1]).name} ended by itself, code {child.returncode}"
-                    )
+                    raise StackError(f"{name} has ended by itself, code {child.returncode}")
             time.sleep(0.2)
 
 
@@ -552,11 +556,10 @@ def _stop(*_: object) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the stack until Ctrl-C or SIGTERM; 0 then, 1 when it cannot run, 2 for a wrong command line."""
+    """Run the stack until Ctrl-C or SIGTERM; 0 then, 1 when it cannot run, 2 for wrong usage."""
     options = parser().parse_args(argv)
-    logging.getLogger("kafka").setLevel(
-        logging.CRITICAL
-    )  # the client's tries while the broker starts
+    # The client's tries while the broker starts are no news.
+    logging.getLogger("kafka").setLevel(logging.CRITICAL)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     try:

@@ -1,5 +1,5 @@
-"""Fixtures of the integration tests: one real broker and one real S3 server a session, and a topic, a bucket
-and a group of its own for each test."""
+"""Fixtures of the integration tests: one real broker and one real S3 server a session, and a topic,
+a bucket and a group of its own for each test."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def missing(reason: str) -> None:
 
 @pytest.fixture(scope="session")
 def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kafka]:
-    """The real broker. A test that stops it starts it again before its end; one that secures or breaks it in
-    another way starts a Kafka of its own."""
+    """The real broker. A test that stops it starts it again before its end; one that secures or
+    breaks it in another way starts a Kafka of its own."""
     try:
         broker = Kafka(tmp_path_factory.mktemp("kafka"))
     except StackError as error:
@@ -72,7 +72,7 @@ def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kafka]:
 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
-    """The S3 server: versitygw; moto's where versitygw is missing and Go, which builds it, is too."""
+    """The S3 server: versitygw; moto's only where Go, which builds versitygw, is missing too."""
     server = S3(tmp_path_factory.mktemp("s3"))
     if server.kind != "versitygw" and shutil.which("go"):
         missing("needs versitygw: tests/run.sh builds it")
@@ -101,8 +101,8 @@ def bucket(s3: S3) -> str:
 
 @pytest.fixture
 def env(kafka: Kafka, s3: S3, topic: str, bucket: str, tmp_path: Path) -> dict[str, str]:
-    """Every setting of the two scripts for this test's topic, bucket and group. All are set, so that a `.env`
-    of the developer adds nothing."""
+    """Every setting of the two scripts for this test's topic, bucket and group. All are set, so
+    that the developer's `.env` adds nothing."""
     return {
         **scratch_env(tmp_path),
         "KAFKA_BOOTSTRAP_SERVERS": kafka.bootstrap,
@@ -151,8 +151,8 @@ def objects(s3: S3, bucket: str) -> Callable[[], dict[str, bytes]]:
 
 @pytest.fixture
 def run() -> Iterator[Callable[..., Script]]:
-    """run("kafka_consumer.py", "--max-messages", "5", env=env) starts a script; what still runs at the end of
-    the test is killed."""
+    """run("kafka_consumer.py", "--max-messages", "5", env=env) starts a script; what still runs at
+    the end of the test is killed."""
     scripts: list[Script] = []
 
     def start(script: str, *args: str, env: dict[str, str]) -> Script:

@@ -1,4 +1,4 @@
-"""What the integration tests share: running a script, polling to a deadline, looking into a topic."""
+"""What the integration tests share: running a script, polling, looking into a topic."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["ROOT", "Script", "committed", "free_port", "produce", "records", "un
 
 
 def until(condition: Callable[[], Any], timeout: float = 30, what: str = "") -> Any:
-    """Poll `condition` until it is true and return its value; AssertionError after `timeout` seconds."""
+    """Poll `condition` until it is true; its value. AssertionError after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while not (value := condition()):
         assert time.monotonic() < deadline, f"not within {timeout} s: {what or condition}"
@@ -72,8 +72,8 @@ class Script:
         return [line.rstrip("\n") for line in list(self._text[stream])]
 
     def wait_for(self, regex: str, timeout: float = 30, stream: str | None = None) -> re.Match[str]:
-        """The first match of `regex` in the output (of one stream, or of both); AssertionError when the
-        process has ended without it, or at the deadline."""
+        """The first match of `regex` in the output (of one stream, or of both); AssertionError when
+        the process has ended without it, or at the deadline."""
         pattern = re.compile(regex, re.MULTILINE)
 
         def search() -> re.Match[str] | None:
@@ -95,7 +95,7 @@ class Script:
         return match
 
     def wait(self, timeout: float = 30) -> int:
-        """Wait for the end; the exit code (negative: the signal). AssertionError at the deadline."""
+        """Wait for the end; the exit code (minus the signal). AssertionError at the deadline."""
         try:
             code = self.process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -188,7 +188,7 @@ def committed(bootstrap: str, group: str, topic: str) -> dict[int, int]:
 
 
 def scratch_env(home: Path) -> dict[str, str]:
-    """An environment that knows nothing of this machine's AWS account, for a script started by a test."""
+    """For a script started by a test: an environment without this machine's AWS account."""
     return {
         "PATH": "/usr/bin:/bin",
         "HOME": str(home),
