@@ -22,6 +22,8 @@ ANSWERS = {
     "500": (500, "InternalError", "We encountered an internal error. Please try again."),
     "403": (403, "AccessDenied", "Access Denied"),
     "400": (400, "ExpiredToken", "The provided token has expired."),
+    "404": (404, "NoSuchBucket", "The specified bucket does not exist"),
+    "409": (409, "ConditionalRequestConflict", "The conditional request cannot succeed now."),
 }
 # refused: nothing listens; hang: no answer, ever; reset: torn before the object is stored;
 # lost: stored, then torn before the answer; torn: stored, then torn within the answer.
