@@ -317,10 +317,15 @@ class Kafka:
         return path
 
     def _registered(self) -> bool:
-        """Whether ZooKeeper still knows a broker."""
-        with socket.create_connection(("127.0.0.1", self.zookeeper_port), 5) as connection:
-            connection.sendall(b"dump")
-            return b"/brokers/ids/" in connection.makefile("rb").read()
+        """Whether ZooKeeper still knows a broker, or has no answer yet (one that has just begun to
+        listen drops the first question)."""
+        try:
+            with socket.create_connection(("127.0.0.1", self.zookeeper_port), 1) as connection:
+                connection.sendall(b"dump")
+                answer = connection.makefile("rb").read()
+        except OSError:
+            return True
+        return not answer or b"/brokers/ids/" in answer
 
     def _admin(self, ask: Callable[[KafkaAdminClient], object]) -> None:
         admin = KafkaAdminClient(bootstrap_servers=self.internal, api_version=API_VERSION)
@@ -506,13 +511,13 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
 
     def port(text: str) -> int:
-        if not 0 < int(text) < 65536:
+        if not 0 <= int(text) < 65536:
             raise ValueError
-        return int(text)
+        return int(text) or free_port()
 
     result = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     for flag, default, whose in (("--port", 9092, "Kafka's"), ("--s3-port", 9000, "S3's")):
-        text = f"{whose} port on localhost (default: %(default)s)"
+        text = f"{whose} port on localhost; 0: a free one (default: %(default)s)"
         result.add_argument(flag, type=port, metavar="PORT", default=default, help=text)
     return result
 
