@@ -1,0 +1,600 @@
+"""Settings, logging and the ways to start and stop that both scripts share.
+
+The settings are declared once, in `Settings`; everything else here is what the producer and the
+consumer would otherwise both have to say.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from dotenv.parser import parse_stream
+from kafka import KafkaConsumer, KafkaProducer
+from kafka.errors import KafkaError
+
+try:
+    from kafka import KafkaClient
+except ImportError:  # kafka-python 3, the successor of kafka-python-ng
+    KafkaClient = None
+
+HERE = Path(__file__).resolve().parent
+log = logging.getLogger(__name__)
+records = logging.getLogger("records")  # the line about each record, to stdout
+
+
+class SettingsError(Exception):
+    """Wrong settings: `args` are the problems, one line each. Exit code 2."""
+
+
+class Failure(Exception):
+    """What a user can cause or meet while running: one line that says what, with which value,
+    and what to try. Exit code 1."""
+
+
+# ------------------------------------------------------------------------------------- settings
+
+
+def _setting(default: str, parse: Callable[[str], Any] = str, *, secret: bool = False) -> Any:
+    return field(metadata={"default": default, "parse": parse}, repr=not secret)
+
+
+def _number(low: float, high: float, kind: type = int) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            number = kind(text)
+        except ValueError:
+            number = math.nan
+        if not low <= number <= high or number == math.inf:
+            whole = "a whole number" if kind is int else "a number"
+            upper = "" if high == math.inf else f" and at most {high}"
+            raise ValueError(f"must be {whole}, at least {low}{upper}")
+        return number
+
+    return parse
+
+
+def _seed(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError("must be a whole number, or empty: another sequence each time") from None
+
+
+def _optional(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    return lambda text: parse(text) if text else None
+
+
+def _choice(*allowed: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in allowed:
+            raise ValueError("must be one of " + ", ".join(name or "(empty)" for name in allowed))
+        return text
+
+    return parse
+
+
+def _matching(pattern: str, otherwise: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(otherwise)
+        return text
+
+    return parse
+
+
+def _servers(text: str) -> tuple[str, ...]:
+    servers = tuple(server.strip() for server in text.split(","))
+    for server in servers:
+        host, _, port = server.rpartition(":")
+        if host.startswith("["):
+            ipaddress.IPv6Address(host.strip("[]"))
+        if not re.fullmatch(r"\[.+\]|[^\s:/@]+", host) or not re.fullmatch(r"\d{1,5}", port):
+            raise ValueError("must be host:port, several with commas between (localhost:9092)")
+        _number(1, 65535)(port)
+    return servers
+
+
+def _version(text: str) -> tuple[int, ...]:
+    _matching(r"\d+\.\d+(\.\d+)?", "must be a version such as 2.8.1, or empty: negotiate")(text)
+    return tuple(map(int, text.split(".")))
+
+
+def _url(text: str) -> str:
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("must be an address such as http://localhost:9000, or empty: AWS")
+    return text
+
+
+def _path(text: str) -> Path:
+    return HERE / Path(text).expanduser()
+
+
+# Kafka's rule for topic names: org.apache.kafka.common.internals.Topic.
+_topic = _matching(
+    r"(?!\.{1,2}$)[a-zA-Z0-9._-]{1,249}",
+    "must be a topic name: letters, digits, '.', '_' and '-', at most 249",
+)
+_group = _matching(r"\S(.*\S)?", "must not be empty")
+_bucket = _matching(
+    r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]",
+    "must be the bucket's name alone, without s3:// and without a path (see S3_PREFIX)",
+)
+_prefix = _matching(
+    r"(?!/)(?!.*//)(?!(.*/)?\.{1,2}/)[^\x00-\x1f\x7f\\]{0,900}",
+    "must not begin with / or hold //, ./, ../, a backslash or control characters",
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every setting, named as its environment variable in lower case."""
+
+    kafka_bootstrap_servers: tuple[str, ...] = _setting("localhost:9092", _servers)
+    kafka_topic: str = _setting("test", _topic)
+    kafka_group_id: str = _setting("python-consumer-group", _group)
+    kafka_auto_offset_reset: str = _setting("latest", _choice("latest", "earliest"))
+    kafka_api_version: tuple[int, ...] | None = _setting("2.8.1", _optional(_version))
+    kafka_request_timeout_ms: int = _setting("30000", _number(1000, 3_600_000))
+    kafka_security_protocol: str = _setting(
+        "PLAINTEXT", _choice("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL")
+    )
+    kafka_sasl_mechanism: str = _setting("", _choice("", "PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"))
+    kafka_sasl_username: str = _setting("")
+    kafka_sasl_password: str = _setting("", secret=True)
+    kafka_ssl_cafile: str = _setting("")
+    kafka_dlq_topic: str = _setting("error_topic", _topic)
+    kafka_key_column: str = _setting("")
+    kafka_compression_type: str = _setting("", _choice("", "gzip", "snappy", "lz4", "zstd"))
+    csv_path: Path = _setting("indexProcessed.csv", _path)  # noqa: RUF009 (Path is no default)
+    messages_per_second: float = _setting("1", _number(0, math.inf, float))
+    random_seed: int | None = _setting("", _optional(_seed))
+    s3_bucket: str = _setting("", _optional(_bucket))
+    s3_prefix: str = _setting("", _prefix)
+    s3_endpoint_url: str | None = _setting("", _optional(_url))
+    s3_max_concurrency: int = _setting("64", _number(1, 10_000))
+    log_level: str = _setting("INFO", _choice("DEBUG", "INFO", "WARNING", "ERROR"))
+    log_format: str = _setting("text", _choice("text", "json"))
+    metrics_port: int | None = _setting("", _optional(_number(1, 65535)))
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str], *, required: str) -> Settings:
+        """Build from `environ`; `required` names the setting this script cannot do without.
+
+        Raises SettingsError with every problem at once.
+        """
+        values: dict[str, Any] = {}
+        problems = []
+        for each in fields(cls):
+            name = each.name.upper()
+            text = environ.get(name, each.metadata["default"])
+            try:
+                values[each.name] = each.metadata["parse"](text)
+            except ValueError as error:
+                problems.append(f"{name}={text!r}: {error}")
+        get = values.get
+        if required == "S3_BUCKET" and not get("s3_bucket", True):
+            problems.append("S3_BUCKET is not set: name the bucket, in .env or the environment")
+        if required == "CSV_PATH" and not get("csv_path", HERE).exists():
+            problems.append(f"CSV_PATH={str(get('csv_path'))!r}: there is no such file")
+        if get("kafka_topic") == get("kafka_dlq_topic", ""):
+            problems.append(f"KAFKA_DLQ_TOPIC={get('kafka_topic')!r}: must differ from KAFKA_TOPIC")
+        if get("kafka_security_protocol", "").startswith("SASL"):
+            for name in ("kafka_sasl_mechanism", "kafka_sasl_username", "kafka_sasl_password"):
+                if not get(name, True):
+                    problems.append(
+                        f"{name.upper()} is not set:"
+                        f" KAFKA_SECURITY_PROTOCOL={values['kafka_security_protocol']} needs it"
+                    )
+        if get("kafka_ssl_cafile") and not Path(values["kafka_ssl_cafile"]).is_file():
+            problems.append(
+                f"KAFKA_SSL_CAFILE={values['kafka_ssl_cafile']!r}: there is no such file"
+            )
+        if problems:
+            raise SettingsError(*problems)
+        return cls(**values)
+
+    def kafka(self) -> dict[str, Any]:
+        """The options that every Kafka client here is made with."""
+        return {
+            "bootstrap_servers": list(self.kafka_bootstrap_servers),
+            "api_version": self.kafka_api_version,
+            "security_protocol": self.kafka_security_protocol,
+            "sasl_mechanism": self.kafka_sasl_mechanism or None,
+            "sasl_plain_username": self.kafka_sasl_username or None,
+            "sasl_plain_password": self.kafka_sasl_password or None,
+            "ssl_cafile": self.kafka_ssl_cafile or None,
+            "reconnect_backoff_max_ms": 1000,
+        }
+
+
+def environment(flags: Mapping[str, str | None], dotenv: Path = HERE / ".env") -> dict[str, str]:
+    """Flags over the environment over the file `dotenv`, whose other names (AWS credentials) are
+    put into the process's environment too. Values are taken as they stand: no `${...}`.
+
+    Raises SettingsError for a file that cannot be read, or a line that is not NAME=value.
+    """
+    if dotenv.is_file():
+        try:
+            with dotenv.open(encoding="utf-8-sig") as stream:
+                lines = list(parse_stream(stream))
+        except (OSError, UnicodeDecodeError) as error:
+            raise SettingsError(f"{dotenv} cannot be read: {error}") from None
+        bad = [line for line in lines if line.error or (line.key and line.value is None)]
+        if bad:  # a line may hold a secret: its number is enough
+            raise SettingsError(
+                *(f"{dotenv}, line {line.original.line}: must be NAME=value" for line in bad)
+            )
+        for line in lines:
+            if line.key and line.value is not None:
+                os.environ.setdefault(line.key, line.value)
+    return {**os.environ, **{name: text for name, text in flags.items() if text is not None}}
+
+
+def positive(text: str) -> int:
+    """A count for argparse: a whole number, at least 1."""
+    return int(_number(1, math.inf)(text))
+
+
+# -------------------------------------------------------------------------------------- logging
+
+
+def printable(text: str) -> str:
+    """`text` with control characters escaped: a record cannot write to the user's terminal."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+class _Text(logging.Formatter):
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = printable(record.message)
+        return super().formatMessage(record)
+
+
+class _Json(logging.Formatter):
+    """One object a line; the names are those of the README."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        line: dict[str, Any] = {
+            "time": f"{moment}.{int(record.msecs):03d}Z",
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        for name in ("topic", "partition", "offset", "key"):
+            if hasattr(record, name):
+                line[name] = getattr(record, name)
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+class _Stream(logging.StreamHandler):
+    """A stream that may be a terminal, where the status is one line that stays at the bottom."""
+
+    status = ""  # shared: stdout and stderr are the same terminal
+
+    def __init__(self, stream: Any, formatter: logging.Formatter):
+        super().__init__(stream)
+        self.setFormatter(formatter)
+        stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8
+        self.tty = (
+            isinstance(formatter, _Text) and stream.isatty() and os.environ.get("TERM") != "dumb"
+        )
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = super().format(record)
+        if not self.tty:
+            return line
+        if getattr(record, "status", False):
+            _Stream.status = line[: shutil.get_terminal_size().columns - 1]
+            return "\r\x1b[K" + _Stream.status
+        if record.levelno >= logging.WARNING and not os.environ.get("NO_COLOR"):
+            line = f"\x1b[{33 if record.levelno == logging.WARNING else 31}m{line}\x1b[0m"
+        return f"\r\x1b[K{line}\n{_Stream.status}"
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.terminator = "" if self.tty else "\n"
+        super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if isinstance(error, BrokenPipeError):  # `| head`: the reader has left, so stop
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            signal.raise_signal(signal.SIGTERM)
+        elif not isinstance(error, OSError):  # a full disk is no reason to stop moving records
+            super().handleError(record)
+
+    def close(self) -> None:
+        if self.tty and _Stream.status:
+            _Stream.status = ""
+            self.stream.write("\n")
+        super().close()
+
+
+def _seldom(record: logging.LogRecord) -> bool:
+    """Let a client's line through once in 30 s: it says the same at every attempt."""
+    now = time.monotonic()
+    if now - _seldom_said.get(record.msg, -math.inf) < 30:
+        return False
+    _seldom_said[record.msg] = now
+    return True
+
+
+_seldom_said: dict[str, float] = {}
+
+
+def setup_logging(settings: Settings) -> None:
+    """Records to stdout, the rest to stderr, as text or as JSON."""
+    made: Callable[[str], logging.Formatter] = (
+        (lambda style: _Json()) if settings.log_format == "json" else _Text
+    )
+    errors = _Stream(sys.stderr, made("%(asctime)s %(levelname)s %(message)s"))
+    if isinstance(errors.formatter, _Text):
+        errors.formatter.datefmt = "%Y-%m-%d %H:%M:%S"
+    logging.basicConfig(level=settings.log_level, handlers=[errors])
+    records.addHandler(_Stream(sys.stdout, made("%(message)s")))
+    records.propagate = False
+    records.setLevel(logging.INFO)
+    # The libraries say secrets at DEBUG (signatures, tokens), and much at INFO.
+    for name in ("kafka", "botocore", "aiobotocore", "s3fs", "fsspec", "asyncio"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    errors.addFilter(lambda record: not record.name.startswith("kafka") or _seldom(record))
+
+
+def status(logger: logging.Logger, text: str, *args: object) -> None:
+    """A line on the state: in place on a terminal, an ordinary line elsewhere."""
+    logger.info(text, *args, extra={"status": True})
+
+
+# -------------------------------------------------------------------------------------- metrics
+
+_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+
+class Durations:
+    """Durations in seconds, counted by bucket; the last bucket has no upper bound."""
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(_BUCKETS) + 1)
+        self.total = 0.0
+
+    def add(self, seconds: float) -> None:
+        self.counts[bisect_left(_BUCKETS, seconds)] += 1
+        self.total += seconds
+
+
+def serve_metrics(settings: Settings, metrics: tuple[tuple[str, ...], ...], stats: object) -> None:
+    """Serve attributes of `stats` to Prometheus on METRICS_PORT, from a thread; nothing when off.
+
+    A row of `metrics` is (name, help, attribute[, label]). The attribute is a number, `Durations`,
+    or with a label a dict of its values to numbers. They are read when Prometheus asks, so the
+    scripts only count. Raises SettingsError without the extra, Failure for a port in use.
+    """
+    if settings.metrics_port is None:
+        return
+    try:
+        from prometheus_client import core, start_http_server
+        from prometheus_client.registry import Collector, CollectorRegistry
+    except ImportError:
+        raise SettingsError(
+            f"METRICS_PORT={settings.metrics_port} needs a package: pip install prometheus-client"
+        ) from None
+
+    class Reader(Collector):
+        def collect(self) -> Iterator[core.Metric]:
+            for name, text, attribute, *label in metrics:
+                labels, value = ["topic", *label], getattr(stats, attribute)
+                if isinstance(value, Durations):
+                    histogram = core.HistogramMetricFamily(name, text, labels=labels)
+                    bounds = [*map(str, _BUCKETS), "+Inf"]
+                    counts = accumulate(list(value.counts))
+                    histogram.add_metric(
+                        [settings.kafka_topic], list(zip(bounds, counts, strict=True)), value.total
+                    )
+                    yield histogram
+                    continue
+                kind = core.CounterMetricFamily if name.endswith("_total") else None
+                family = (kind or core.GaugeMetricFamily)(name, text, labels=labels)
+                # list(): in one step, for the script goes on counting
+                for key, number in list(value.items()) if label else [(None, value)]:
+                    family.add_metric(
+                        [settings.kafka_topic, *([str(key)] if label else [])], number
+                    )
+                yield family
+
+    registry = CollectorRegistry()
+    registry.register(Reader())
+    try:
+        start_http_server(settings.metrics_port, registry=registry)
+    except OSError as error:
+        raise Failure(
+            f"METRICS_PORT={settings.metrics_port}: {error.strerror}; choose a free port"
+        ) from None
+
+
+# ---------------------------------------------------------------------------------------- Kafka
+
+_FOREVER = 2**31 - 1  # ms, the most that the protocol's fields take
+
+
+def make_producer(settings: Settings, **options: Any) -> KafkaProducer:
+    """A producer that keeps the order and gives up no record: all replicas acknowledge, one
+    request is in flight, and a broker that is down is waited for.
+
+    A request is lost after KAFKA_REQUEST_TIMEOUT_MS and sent again; but a record that waits for
+    its turn must not expire with it, as it does where one number says both.
+    """
+    timeout = settings.kafka_request_timeout_ms
+    if "delivery_timeout_ms" in KafkaProducer.DEFAULT_CONFIG:
+        options |= {"request_timeout_ms": timeout, "delivery_timeout_ms": _FOREVER}
+    else:
+        options |= {
+            "request_timeout_ms": _FOREVER,
+            "kafka_client": lambda **o: KafkaClient(**{**o, "request_timeout_ms": timeout}),
+        }
+    try:
+        return KafkaProducer(
+            **settings.kafka(),
+            acks="all",
+            retries=_FOREVER,
+            max_in_flight_requests_per_connection=1,
+            max_block_ms=500,
+            max_request_size=2**30,  # the broker says what is too large
+            compression_type=settings.kafka_compression_type or None,
+            **options,
+        )
+    except AssertionError as error:  # how the client says that a library is missing
+        raise SettingsError(
+            f"KAFKA_COMPRESSION_TYPE={settings.kafka_compression_type}: {error}"
+        ) from None
+
+
+# ---------------------------------------------------------------------------- starting, stopping
+
+
+class Stop:
+    """`requested` turns true at the first Ctrl-C or SIGTERM; the second ends the process."""
+
+    requested = False
+    code = 0  # of a process that has to be ended
+
+    def __init__(self, farewell: Callable[[], str] = lambda: "") -> None:
+        """Listen from now on. When the process is still there 4 s after the request (a broker
+        that does not answer holds every call to it), it says `farewell()` and ends with 0."""
+        self.farewell = farewell
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self._handle)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _handle(self, signum: int, frame: object) -> None:
+        self.requested = True
+        signal.signal(signum, signal.SIG_DFL)
+
+    def _watch(self) -> None:
+        while not self.requested:
+            time.sleep(0.25)
+        time.sleep(4)
+        _leave(self.code, "stopped without an answer from the other side", self.farewell)
+
+
+def _leave(code: int, message: str, more: Callable[[], str] = lambda: "") -> None:
+    timer = threading.Timer(0.3, os._exit, [code])  # should even stderr be blocked
+    timer.daemon = True
+    timer.start()
+    log.log(logging.ERROR if code else logging.WARNING, "%s%s", message, more())
+    os._exit(code)
+
+
+class within:
+    """End the process with 1 and `message` when the block takes longer than `seconds`."""
+
+    def __init__(self, seconds: float, message: str, more: Callable[[], str] = lambda: "") -> None:
+        self.timer = threading.Timer(seconds, _leave, [1, message, more])
+        self.timer.daemon = True
+
+    def __enter__(self) -> None:
+        self.timer.start()
+
+    def __exit__(self, *error: object) -> None:
+        self.timer.cancel()
+
+
+def _reach(host: str, port: int, timeout: float) -> str:
+    """ "" when something listens there, else why not."""
+    try:
+        socket.create_connection((host, port), timeout).close()
+    except OSError as error:
+        return f"{host}:{port}: {error.strerror or error}"
+    return ""
+
+
+def check_kafka(settings: Settings) -> set[int]:
+    """Check, step by step, that the broker answers, knows the topic and can be reached where it
+    says it is (the client itself reports all of these as "failed to update metadata").
+
+    Returns the topic's partitions. Raises Failure; takes 14 s at most.
+    """
+    servers = settings.kafka_bootstrap_servers
+    where = f"KAFKA_BOOTSTRAP_SERVERS={','.join(servers)}"
+    last = _LastError()
+    with (
+        within(
+            14,
+            f"{where}: the broker took the connection and did not answer; is it Kafka, and"
+            f" KAFKA_SECURITY_PROTOCOL={settings.kafka_security_protocol}, and are the user and"
+            " password right?",
+            last.said,
+        ),
+        last,
+    ):
+        problems = []
+        for server in servers:
+            host, _, port = server.rpartition(":")
+            problems.append(_reach(host.strip("[]"), int(port), min(3, 9 / len(servers))))
+            if not problems[-1]:
+                break
+        else:
+            raise Failure(
+                f"{where}: no broker can be reached ({'; '.join(problems)});"
+                " is it running, the address right, the port open (security group)?"
+            )
+        try:
+            client = KafkaConsumer(**settings.kafka())
+            partitions = client.partitions_for_topic(settings.kafka_topic) or set()
+            brokers = client._client.cluster.brokers()
+            client.close()
+        except (KafkaError, OSError, ValueError, AssertionError) as error:
+            raise Failure(f"{where}: {type(error).__name__}: {error}{last.said()}") from None
+        if not partitions:
+            raise Failure(
+                f"KAFKA_TOPIC={settings.kafka_topic}: the topic does not exist on {servers[0]}, or"
+                " this user may not see it; create it with kafka-topics.sh --create"
+            )
+        timeout = min(3, 6 / max(1, len(brokers)))
+        problems = [_reach(broker.host, broker.port, timeout) for broker in brokers]
+        if problems and all(problems):
+            raise Failure(
+                f"{where} answers, but says that clients shall connect to an address that cannot"
+                f" be reached ({'; '.join(problems)}); mend advertised.listeners on the broker"
+            )
+    return partitions
+
+
+class _LastError(logging.Handler):
+    """Keeps the Kafka client's last error, the only place where it says why it fails."""
+
+    text = ""
+
+    def __enter__(self) -> None:
+        self.addFilter(lambda record: record.name.startswith("kafka"))
+        logging.getLogger("kafka").addHandler(self)
+
+    def __exit__(self, *error: object) -> None:
+        logging.getLogger("kafka").removeHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.text = record.getMessage()
+
+    def said(self) -> str:
+        return f" (the client says: {self.text})" if self.text else ""

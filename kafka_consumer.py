@@ -1,0 +1,1027 @@
+"""Writes each record of a Kafka topic to S3 as one object, and proves it.
+
+    python kafka_consumer.py [--max-messages N] [--audit]
+
+The main thread owns the Kafka client: it takes records, commits what is done and keeps the group
+membership. The uploads run on the file system's event loop in its own thread (`Uploader`). A
+record is open from when it is taken until its object exists or its dead letter is acknowledged;
+what is committed is the position below which nothing is open.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import math
+import queue
+import random
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from hashlib import md5
+from typing import Any
+from urllib.parse import quote
+
+import botocore.handlers
+import fsspec.asyn
+from aiobotocore.session import AioSession
+from botocore.auth import S3SigV4Auth
+from botocore.awsrequest import AWSRequest
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+from kafka import ConsumerRebalanceListener, KafkaConsumer, OffsetAndMetadata, TopicPartition
+from kafka.errors import (
+    CommitFailedError,
+    IllegalGenerationError,
+    KafkaError,
+    NoOffsetForPartitionError,
+    OffsetOutOfRangeError,
+    RebalanceInProgressError,
+    UnknownMemberIdError,
+)
+from s3fs import S3FileSystem
+
+from config import (
+    Durations,
+    Failure,
+    Settings,
+    SettingsError,
+    Stop,
+    check_kafka,
+    environment,
+    make_producer,
+    positive,
+    records,
+    serve_metrics,
+    setup_logging,
+    status,
+    within,
+)
+
+log = logging.getLogger(__name__)
+
+WINDOW = 256  # records taken and not committed: what a kill -9 makes us send again
+BATCH = 64  # room that makes a poll worth its price
+COMMIT_EVERY = 0.1  # s
+PATIENCE = 3.0  # s an upload may take, and as long again for each 150 kB
+LONGEST_PAUSE = 1.0  # s between attempts while S3 fails; with PATIENCE under the 5 s of DESIGN
+SAY_EVERY = 30.0  # s
+
+NAME = re.compile(r"(?:partition=([1-9][0-9]*)/)?stock_market_(0|[1-9][0-9]*)\.json")
+
+METRICS = (
+    ("kafka_s3_records_written_total", "Records whose object exists.", "written"),
+    ("kafka_s3_bytes_written_total", "Bytes of those objects.", "bytes"),
+    ("kafka_s3_replays_total", "Objects already there with the same bytes.", "replays"),
+    ("kafka_s3_dead_letters_total", "Records sent to the dead letter topic.", "dead_letters"),
+    ("kafka_s3_retries_total", "Attempts that failed and were made again.", "retries"),
+    ("kafka_s3_commits_total", "Offset commits acknowledged.", "commits"),
+    ("kafka_s3_lag_records", "Records not yet done.", "lag", "partition"),
+    ("kafka_s3_upload_seconds", "From the start of an upload to S3's answer.", "upload_seconds"),
+    ("kafka_s3_holding", "1 while S3 fails and the consumer holds its place.", "holding"),
+    ("kafka_s3_holding_info", "Why it holds.", "holding_info", "reason"),
+    ("kafka_s3_holds_total", "Times it began to hold.", "holds"),
+    ("kafka_s3_last_success_timestamp_seconds", "Last record done.", "last_success"),
+)
+
+
+@dataclass
+class Stats:
+    """What is counted, for the status line and METRICS."""
+
+    written: int = 0
+    bytes: int = 0
+    replays: int = 0
+    dead_letters: int = 0
+    retries: int = 0
+    commits: int = 0
+    holds: int = 0
+    reason: str = ""  # while holding: the error's code, a label of few values
+    last_success: float = 0.0
+    lag: dict[int, int] = field(default_factory=dict)
+    upload_seconds: Durations = field(default_factory=Durations)
+
+    @property
+    def done(self) -> int:
+        return self.written + self.dead_letters
+
+    @property
+    def holding(self) -> bool:
+        return bool(self.reason)
+
+    @property
+    def holding_info(self) -> dict[str, int]:
+        return {self.reason: 1} if self.reason else {}
+
+
+# ---------------------------------------------------------------------------- records and objects
+
+
+def _reject(text: str) -> None:
+    raise ValueError(f"{text} is not JSON")
+
+
+# parse_int: any number of digits is JSON, but not an int of Python's.
+_JSON = json.JSONDecoder(parse_constant=_reject, parse_int=str)
+
+
+def flaw(value: bytes | None) -> str:
+    """Why a record's value is not a JSON object; "" when it is one."""
+    if not value:
+        return "the value is null" if value is None else "the value is empty"
+    try:
+        parsed = _JSON.decode(value.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return f"not UTF-8: {error.reason} at byte {error.start}"
+    except RecursionError:
+        return "not JSON: nested too deep"
+    except ValueError as error:
+        return f"not JSON: {error}"
+    return "" if isinstance(parsed, dict) else f"JSON, but not an object: {type(parsed).__name__}"
+
+
+def object_name(prefix: str, partition: int, offset: int) -> str:
+    """The object of a record; a function of nothing else, so that a replay makes the same one."""
+    folder = f"partition={partition}/" if partition else ""
+    return f"{prefix}{folder}stock_market_{offset}.json"
+
+
+class S3Error(Exception):
+    """S3's refusal: `code` as in its list of error responses."""
+
+    def __init__(self, status: int, text: str) -> None:
+        codes = re.findall(r"<(?:Code|Message)>([^<]*)", text)
+        self.code = codes[0] if codes else f"HTTP{status}"
+        super().__init__(": ".join(codes) or f"HTTP {status}")
+
+
+class Conflict(Failure):
+    """An object is there with other bytes."""
+
+
+_CREDENTIALS = {
+    "ExpiredToken",
+    "InvalidAccessKeyId",
+    "InvalidToken",
+    "SignatureDoesNotMatch",
+    "TokenRefreshRequired",
+    "NoCredentialsError",
+}
+
+
+def code_of(error: BaseException) -> str:
+    """A short name of an error: S3's own code where there is one."""
+    if isinstance(error, ClientError):
+        return str(error.response.get("Error", {}).get("Code", "ClientError"))
+    return getattr(error, "code", None) or type(error).__name__
+
+
+def explain(error: BaseException) -> str:
+    """An error in one line, with what to try where that is known."""
+    code = code_of(error)
+    if isinstance(error, ClientError):
+        text = f"{code}: {error.response['Error'].get('Message', error)}"
+    elif isinstance(error, S3Error):
+        text = str(error)
+    elif isinstance(error, TimeoutError):
+        text = "no answer in time"
+    else:
+        text = f"{code}: {error}"
+    if code in _CREDENTIALS:
+        text += " (renew the AWS credentials)"
+    elif code == "AccessDenied":
+        text += " (does the policy allow s3:PutObject and s3:GetObject here?)"
+    elif code == "RequestTimeTooSkewed":
+        text += " (set this machine's clock)"
+    return " ".join(text.split())
+
+
+class Bucket:
+    """The bucket, seen from the event loop; every call is bounded in time."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.name = settings.s3_bucket
+
+    async def open(self) -> list[str]:
+        """Connect with credentials looked up anew; returns a few of the names in the bucket.
+
+        Raises what botocore does; the connection can be used even after AccessDenied.
+        """
+        session = AioSession()
+        # With `Expect: 100-continue` an upload can wait for ever (no timeout covers it).
+        session.unregister("before-call.s3", botocore.handlers.add_expect_header)
+        self.fs = S3FileSystem(
+            endpoint_url=self.settings.s3_endpoint_url,
+            session=session,
+            skip_instance_cache=True,
+            config_kwargs={
+                "max_pool_connections": self.settings.s3_max_concurrency,
+                "connect_timeout": PATIENCE,
+                "read_timeout": 10,
+                "retries": {"total_max_attempts": 1},
+            },
+        )
+        await self.fs.set_session()
+        self.client = await self.fs.get_s3(self.name)
+        sent: list[Any] = []
+        self.client.meta.events.register(
+            "before-send.s3", lambda request, **_: sent.append(request)
+        )
+        try:
+            answer = await self.client.list_objects_v2(
+                Bucket=self.name, Prefix=self.settings.s3_prefix, MaxKeys=3
+            )
+            return [entry["Key"] for entry in answer.get("Contents", [])]
+        finally:
+            if sent:
+                self._learn(sent[-1])
+                self.credentials = await session.get_credentials()
+
+    def _learn(self, request: Any) -> None:
+        # botocore spends two thirds of a small PUT on what is the same for every object (rules of
+        # the endpoint, serializer, hooks). Its signer and its HTTP session are all that differs;
+        # the listing's own request says where the bucket is and in which region.
+        self.base = request.url.partition("?")[0].rstrip("/") + "/"
+        scope = request.headers["Authorization"]
+        scope = scope.decode() if isinstance(scope, bytes) else scope
+        self.region = scope.split("/")[2]
+        self.http = self.client._endpoint.http_session
+
+    async def put(self, name: str, value: bytes, **headers: str) -> tuple[int, str]:
+        """PUT with conditions; returns the HTTP status and the answer's text."""
+        url = self.base + quote(name, safe="/~")
+        request = AWSRequest("PUT", url, {"Content-Type": "application/json", **headers}, value)
+        keys = await self.credentials.get_frozen_credentials()
+        S3SigV4Auth(keys, "s3", self.region).add_auth(request)
+        async with asyncio.timeout(PATIENCE * (1 + len(value) / 150_000)):
+            answer = await self.http.send(request.prepare())
+            return answer.status_code, await answer.text
+
+    async def create(self, name: str, value: bytes) -> bool:
+        """Make the object; False when it was there with the same bytes (a replay, or our own
+        upload whose answer was lost). Raises Conflict, S3Error, and what the connection raises."""
+        code, text = await self.put(name, value, **{"If-None-Match": "*"})
+        if code == 200:
+            return True
+        if code != 412:
+            raise S3Error(code, text)
+        if await self.get(name) != value:
+            raise Conflict(
+                f"s3://{self.name}/{name} is there with other bytes: it was left as it is. Was the"
+                " topic made anew, or do two topics share this S3_PREFIX? Set another S3_PREFIX"
+            )
+        return False
+
+    async def get(self, name: str) -> bytes:
+        async with asyncio.timeout(60):
+            answer = await self.client.get_object(Bucket=self.name, Key=name)
+            async with answer["Body"] as body:
+                return bytes(await body.read())
+
+
+# ------------------------------------------------------------------------------- the upload side
+
+
+class Partition:
+    """An assigned partition: `open` holds, in order, the offsets taken and not done."""
+
+    def __init__(self, position: int) -> None:
+        self.next = position  # where fetching goes on
+        self.committed = position
+        self.open: dict[int, None] = {}
+        self.revoked = False
+
+    def done(self) -> int:
+        """The position below which nothing is open."""
+        return next(iter(self.open), self.next)
+
+
+Item = tuple[Partition, Any]  # a record and the assignment that it came by
+
+
+class Uploader:
+    """Workers on the event loop. Each takes a record and gives it up only when it is done, so
+    nothing is skipped; `finished` gets (partition, record, outcome)."""
+
+    def __init__(self, settings: Settings, bucket: Bucket, stats: Stats) -> None:
+        self.settings, self.bucket, self.stats = settings, bucket, stats
+        self.loop = fsspec.asyn.get_loop()
+        self.finished: queue.SimpleQueue[tuple[Partition, Any, Any]] = queue.SimpleQueue()
+        self.waiting: asyncio.Queue[Item] = asyncio.Queue()
+        self.answering = asyncio.Event()  # cleared while S3 fails and one record is the probe
+        self.answering.set()
+        self.answered = -math.inf  # when the last hold ended
+        self.letters: dict[tuple[int, int], Any] = {}
+        self.lock = threading.Lock()
+        self.producer: Any = None
+        for _ in range(settings.s3_max_concurrency):
+            asyncio.run_coroutine_threadsafe(self.work(), self.loop)
+
+    def submit(self, items: Sequence[Item]) -> None:
+        """Hand records over, from another thread."""
+
+        def put() -> None:
+            for item in items:
+                self.waiting.put_nowait(item)
+
+        self.loop.call_soon_threadsafe(put)
+
+    async def work(self) -> None:
+        while True:
+            partition, record = await self.waiting.get()
+            try:
+                outcome: Any = await self.deliver(partition, record)
+            except Exception as error:
+                outcome = error
+            self.finished.put((partition, record, outcome))
+
+    async def deliver(self, partition: Partition, record: Any) -> str:
+        """Make the record's object or dead letter, however long that takes; returns what became
+        of it: "written", "replayed", "dead" or "revoked". Raises Conflict."""
+        while not partition.revoked:
+            await self.answering.wait()
+            outcome, error = await self.attempt(record)
+            if error is None:
+                return outcome
+            if self.answering.is_set():  # the first to fail tries for all of them
+                outcome = await self.hold(partition, record, error)
+                if outcome:
+                    return outcome
+        return "revoked"
+
+    async def attempt(self, record: Any) -> tuple[str, Exception | None]:
+        began = time.monotonic()
+        try:
+            if reason := flaw(record.value):
+                await asyncio.to_thread(self.bury, record, reason)
+                return "dead", None
+            name = object_name(self.settings.s3_prefix, record.partition, record.offset)
+            new = await self.bucket.create(name, record.value)
+        except Conflict:
+            raise
+        except Exception as error:  # of any kind: see promise 4
+            self.stats.retries += 1
+            return "", error
+        self.stats.upload_seconds.add(time.monotonic() - began)
+        return "written" if new else "replayed", None
+
+    async def hold(self, partition: Partition, record: Any, error: Exception | None) -> str:
+        """Try one record, with growing pauses, until it is done or revoked ("")."""
+        self.answering.clear()
+        began = time.monotonic()
+        # A failure now and then (SlowDown) makes many short holds: of those that follow one
+        # another only one that lasts a second is said.
+        said = began - SAY_EVERY + (0 if began - self.answered > 5 else 1)
+        self.stats.holds += 1
+        pause, outcome, what = 0.05, "", "S3"
+        about = dict(topic=record.topic, partition=record.partition, offset=record.offset)
+        try:
+            while error is not None and not partition.revoked:
+                self.stats.reason = code_of(error)
+                now = time.monotonic()
+                if now - said >= SAY_EVERY:
+                    what = f"topic {self.settings.kafka_dlq_topic}" if flaw(record.value) else "S3"
+                    log.warning(
+                        "%s failing, %sholding at %s/%d/%d: %s; nothing is skipped",
+                        what,
+                        "" if now - began < 2 else f"still after {now - began:.0f} s, ",
+                        record.topic,
+                        record.partition,
+                        record.offset,
+                        explain(error),
+                        extra=about,
+                        exc_info=None if isinstance(error, _KNOWN) else error,
+                    )
+                    said = now
+                await asyncio.sleep(pause * random.uniform(0.5, 1))
+                pause = min(2 * pause, LONGEST_PAUSE)
+                if code_of(error) in _CREDENTIALS:
+                    await self.reopen()
+                outcome, error = await self.attempt(record)
+        finally:
+            self.stats.reason = ""
+            self.answered = time.monotonic()
+            self.answering.set()
+        if outcome and said >= began:
+            log.warning("%s answers again after %.1f s", what, self.answered - began, extra=about)
+        return outcome
+
+    async def reopen(self) -> None:
+        """Look for renewed credentials: a session keeps those it has found for ever."""
+        try:
+            async with asyncio.timeout(PATIENCE):
+                await self.bucket.open()
+        except Exception as error:
+            log.debug("while looking for new credentials: %s", explain(error))
+
+    def bury(self, record: Any, reason: str) -> None:
+        """Send a record to the dead letter topic, unchanged, and wait for the acknowledgement."""
+        where = (record.partition, record.offset)
+        with self.lock:
+            self.producer = self.producer or make_producer(self.settings)
+        future = self.letters.pop(where, None) or self.producer.send(
+            self.settings.kafka_dlq_topic,
+            value=record.value,
+            # The client refuses a message with neither key nor value.
+            key=b"" if record.key is None and record.value is None else record.key,
+            headers=[
+                *record.headers,
+                ("error.reason", reason.encode()),
+                ("source.topic", record.topic.encode()),
+                ("source.partition", str(record.partition).encode()),
+                ("source.offset", str(record.offset).encode()),
+            ],
+        )
+        try:
+            future.get(timeout=PATIENCE)
+        finally:
+            if not future.is_done:
+                self.letters[where] = future  # under way: wait for it, do not send it twice
+
+
+_KNOWN = (S3Error, BotoCoreError, ClientError, OSError, KafkaError)  # no traceback for these
+
+
+# -------------------------------------------------------------------------------- the Kafka side
+
+
+class Sink(ConsumerRebalanceListener):
+    """Topic to bucket: takes records, prints and commits what is done, keeps the membership."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        consumer: Any,
+        uploader: Any,
+        stats: Stats,
+        limit: float = math.inf,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.settings, self.consumer, self.uploader = settings, consumer, uploader
+        self.stats, self.limit, self.clock = stats, limit, clock
+        self.partitions: dict[TopicPartition, Partition] = {}
+        self.fresh: set[TopicPartition] = set()  # assigned, their position not yet settled
+        self.failure: Exception | None = None
+        self.committed_at = self.polled_at = clock()
+
+    def step(self) -> None:
+        """Take, collect, commit: once each, in half a second at most while Kafka answers."""
+        open_now = sum(len(partition.open) for partition in self.partitions.values())
+        taken = sum(p.next - p.committed for p in self.partitions.values())
+        left = self.limit - self.stats.done - open_now
+        room = min(WINDOW - taken, left)
+        if self.fresh or room >= min(BATCH, max(left, 1)):
+            self.take(self.poll(100 if not open_now else 10, int(room) if room > 0 else 1))
+            self.collect(0)
+        else:
+            self.collect(0.1)
+            if self.clock() - self.polled_at > 0.5:
+                self.keep_membership()
+        if self.failure:
+            raise self.failure
+        self.commit()
+
+    def poll(self, timeout_ms: int, limit: int) -> dict[TopicPartition, list[Any]]:
+        """Records in order, {} while there is something to settle first."""
+        self.polled_at = self.clock()
+        try:
+            batches = self.consumer.poll(timeout_ms=timeout_ms, max_records=limit)
+        except NoOffsetForPartitionError:
+            batches = {}  # a group without a position: settle() gives it one
+        except OffsetOutOfRangeError:
+            self.out_of_range()
+            return {}
+        if self.fresh:
+            self.settle()
+        return batches
+
+    def settle(self) -> None:
+        """Give every newly assigned partition its position, before anything is fetched. Where
+        the group has none, it is committed: a death before the first commit skips nothing."""
+        fresh = list(self.fresh)
+        earliest = self.settings.kafka_auto_offset_reset == "earliest"
+        ends = self.consumer.beginning_offsets if earliest else self.consumer.end_offsets
+        try:
+            for tp in fresh:
+                position = self.consumer.committed(tp)
+                if position is None:
+                    position = ends([tp])[tp]
+                    self.consumer.commit({tp: _position(position)})
+                    log.info(
+                        "group %s begins %s/%d at offset %d (%s)",
+                        self.settings.kafka_group_id,
+                        *tp,
+                        position,
+                        self.settings.kafka_auto_offset_reset,
+                    )
+                self.consumer.seek(tp, position)
+                self.partitions[tp] = Partition(position)
+        except _MOVED:
+            self.partitions.clear()  # the next poll joins the group again
+            return
+        self.fresh.clear()
+        self.consumer.resume(*fresh)
+
+    def out_of_range(self) -> None:
+        """A position that the topic does not have: say what is lost and go on after it."""
+        tps = list(self.partitions)
+        begins, ends = self.consumer.beginning_offsets(tps), self.consumer.end_offsets(tps)
+        for tp in tps:
+            at = self.partitions[tp].next
+            if begins[tp] <= at <= ends[tp]:
+                continue
+            if at < begins[tp]:
+                text = "LOST: retention removed offsets %d to %d of %s/%d before they were written"
+                log.error(text, at, begins[tp] - 1, *tp)
+            else:
+                text = (
+                    "position %d is beyond the end (%d) of %s/%d: the topic was cut or made anew;"
+                    " beginning again at %d, no object is overwritten"
+                )
+                log.error(text, at, ends[tp], *tp, begins[tp])
+            self.partitions[tp].revoked = True
+            self.partitions[tp] = Partition(begins[tp])
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Fetch from where taking stopped; the client forgets what it had fetched and not yet
+        given out when it is paused, or raises."""
+        for tp, partition in self.partitions.items():
+            self.consumer.seek(tp, partition.next)
+
+    def keep_membership(self) -> None:
+        """Poll without taking anything: heartbeats go on, and rebalances are answered."""
+        self.consumer.pause(*self.partitions)
+        batches = self.poll(0, 1)
+        self.consumer.resume(*self.partitions)
+        self.rewind()
+        self.take(batches)
+
+    def take(self, batches: dict[TopicPartition, list[Any]]) -> None:
+        items: list[Item] = []
+        for tp, batch in batches.items():
+            partition = self.partitions[tp]
+            for record in batch:
+                partition.open[record.offset] = None
+                items.append((partition, record))
+            partition.next = batch[-1].offset + 1
+        if items:
+            self.uploader.submit(items)
+
+    def collect(self, timeout: float) -> None:
+        """Book what the uploader has finished; waits `timeout` seconds at most for the first."""
+        try:
+            while True:
+                partition, record, outcome = self.uploader.finished.get(timeout > 0, timeout)
+                timeout = 0
+                self.book(partition, record, outcome)
+        except queue.Empty:
+            pass
+
+    def book(self, partition: Partition, record: Any, outcome: Any) -> None:
+        if isinstance(outcome, Exception):
+            self.failure = self.failure or outcome
+            return
+        if outcome == "revoked":
+            return
+        partition.open.pop(record.offset, None)
+        self.stats.last_success = time.time()
+        key = None if record.key is None else record.key.decode(errors="backslashreplace")
+        about = dict(topic=record.topic, partition=record.partition, offset=record.offset, key=key)
+        if outcome == "dead":
+            self.stats.dead_letters += 1
+            log.warning(
+                "dead letter: %s/%d/%d (key %s) to %s: %s",
+                record.topic,
+                record.partition,
+                record.offset,
+                key,
+                self.settings.kafka_dlq_topic,
+                flaw(record.value),
+                extra=about,
+            )
+            return
+        self.stats.written += 1
+        self.stats.replays += outcome == "replayed"
+        self.stats.bytes += len(record.value)
+        name = object_name(self.settings.s3_prefix, record.partition, record.offset)
+        records.info("Upload Successfully: s3://%s/%s", self.settings.s3_bucket, name, extra=about)
+
+    def ready(self) -> dict[TopicPartition, OffsetAndMetadata]:
+        positions = {tp: p.done() for tp, p in self.partitions.items() if p.done() != p.committed}
+        return {tp: _position(offset) for tp, offset in positions.items()}
+
+    def commit(self, *, now: bool = False) -> None:
+        """Commit what is done, every COMMIT_EVERY seconds or BATCH records."""
+        ready = self.ready()
+        if not ready:
+            return
+        count = sum(at.offset - self.partitions[tp].committed for tp, at in ready.items())
+        if now or count >= BATCH or self.clock() - self.committed_at >= COMMIT_EVERY:
+            try:
+                self.consumer.commit(ready)
+            except _MOVED:
+                return  # the group has moved on; the next poll says what is ours
+            self.committed_at = self.clock()
+            self.stats.commits += 1
+            for tp, at in ready.items():
+                self.partitions[tp].committed = at.offset
+
+    def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
+        """Finish what is under way and commit it. Not to wait in here is a rule of kafka-python
+        3; the commit travels before the request that gives the partitions up."""
+        deadline = self.clock() + 2
+        while self.busy() and not self.stats.holding and self.clock() < deadline:
+            self.collect(0.1)
+        if ready := self.ready():
+            self.consumer.commit_async(ready)
+        for partition in self.partitions.values():
+            partition.revoked = True
+        self.partitions.clear()
+        self.fresh.clear()
+
+    def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
+        self.fresh = set(assigned)
+        self.consumer.pause(*self.fresh)
+        log.info("assigned: %s", ", ".join(f"{tp[0]}/{tp[1]}" for tp in sorted(self.fresh)) or "-")
+
+    def busy(self) -> bool:
+        return any(partition.open for partition in self.partitions.values())
+
+    def lag(self) -> dict[int, int]:
+        ends = {tp: self.consumer.highwater(tp) for tp in self.partitions}
+        return {
+            tp.partition: max(0, (ends[tp] or 0) - p.done()) for tp, p in self.partitions.items()
+        }
+
+
+def _position(offset: int) -> OffsetAndMetadata:
+    # kafka-python 3 has a third field, with a default; kafka-python-ng has two.
+    return OffsetAndMetadata(offset, "")
+
+
+_MOVED = (
+    CommitFailedError,
+    IllegalGenerationError,
+    RebalanceInProgressError,
+    UnknownMemberIdError,
+)
+
+
+def run(sink: Sink, stop: Stop) -> None:
+    """Step until `stop` or the limit; then finish what is under way, commit and leave the group.
+
+    Raises Failure.
+    """
+    stats, shown, before = sink.stats, sink.clock(), 0
+    every = 1 if sys.stderr.isatty() else 10
+    try:
+        while not stop.requested and stats.done < sink.limit:
+            sink.step()
+            now = sink.clock()
+            if now - shown >= every or not stats.lag:
+                stats.lag = sink.lag()
+            if now - shown >= every:
+                status(
+                    log,
+                    "written %d | %.1f/s | lag %d | retries %d | dead-lettered %d%s",
+                    stats.written,
+                    (stats.written - before) / (now - shown),
+                    sum(stats.lag.values()),
+                    stats.retries,
+                    stats.dead_letters,
+                    f" | HOLDING: {stats.reason}" if stats.holding else "",
+                )
+                shown, before = now, stats.written
+    finally:
+        deadline = sink.clock() + 2
+        while sink.busy() and not stats.holding and sink.clock() < deadline and not sink.failure:
+            sink.collect(0.1)
+        sink.commit(now=True)
+        sink.consumer.close(autocommit=False)
+        log.info("written %d, dead-lettered %d", stats.written, stats.dead_letters)
+
+
+# -------------------------------------------------------------------------------------- the audit
+
+
+class Ledger:
+    """One partition's records from `begin` to `until`: 16 bytes of MD5 and a mark each."""
+
+    NONE, RECORD, OBJECT, LETTER = range(4)
+
+    def __init__(self, begin: int, until: int) -> None:
+        self.begin, self.until = begin, max(begin, until)
+        self.marks = bytearray(self.until - begin)
+        self.digests = bytearray(16 * len(self.marks))
+
+    def write(self, offset: int, value: bytes | None) -> None:
+        at = offset - self.begin
+        self.marks[at] = self.RECORD
+        self.digests[16 * at : 16 * at + 16] = _digest(value)
+
+    def digest(self, offset: int) -> bytes:
+        at = 16 * (offset - self.begin)
+        return bytes(self.digests[at : at + 16])
+
+    def missing(self) -> Iterator[tuple[int, int]]:
+        """Ranges (first, last) of records with neither object nor dead letter."""
+        for match in re.finditer(b"\x01+", self.marks):
+            yield self.begin + match.start(), self.begin + match.end() - 1
+
+
+def _digest(value: bytes | None) -> bytes:
+    return bytes(16) if value is None else md5(value, usedforsecurity=False).digest()
+
+
+class Audit:
+    """Compares topic, dead letter topic and bucket; writes nothing anywhere."""
+
+    def __init__(self, settings: Settings, bucket: Bucket, stop: Stop) -> None:
+        self.settings, self.bucket, self.stop = settings, bucket, stop
+        self.problems = {"missing": 0, "different": 0, "stray": 0}
+        self.said = time.monotonic()
+
+    def report(self, kind: str, count: int, text: str, *args: object) -> None:
+        self.problems[kind] += count
+        records.info(f"{kind.upper()}: {text}", *args)
+
+    def progress(self, text: str, *args: object) -> None:
+        if self.stop.requested:
+            raise Failure("the audit was stopped before its end: nothing is proven")
+        if time.monotonic() - self.said > 2:
+            self.said = time.monotonic()
+            status(log, text, *args)
+
+    def run(self) -> int:
+        topic, group = self.settings.kafka_topic, self.settings.kafka_group_id
+        consumer = KafkaConsumer(
+            **self.settings.kafka(),
+            group_id=group,
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+        )
+        tps = [TopicPartition(topic, p) for p in sorted(consumer.partitions_for_topic(topic))]
+        begins, ends = consumer.beginning_offsets(tps), consumer.end_offsets(tps)
+        committed = {tp: consumer.committed(tp) for tp in tps}
+        if all(position is None for position in committed.values()):
+            raise Failure(
+                f"KAFKA_GROUP_ID={group} has no committed position on topic {topic}: nothing to"
+                " audit; is this the consumer's group?"
+            )
+        self.ends = {tp.partition: ends[tp] for tp in tps}
+        self.ledgers = {}
+        for tp in tps:
+            until = committed[tp] if committed[tp] is not None else begins[tp]
+            self.ledgers[tp.partition] = Ledger(begins[tp], min(until, ends[tp]))
+            if until > ends[tp]:
+                self.report(
+                    "missing",
+                    until - ends[tp],
+                    "%s/%d: committed %d is beyond the topic's end %d",
+                    *tp,
+                    until,
+                    ends[tp],
+                )
+        for tp, record in self.read(consumer, {tp: self.ledgers[tp.partition] for tp in tps}):
+            self.ledgers[tp.partition].write(record.offset, record.value)
+        repeated = self.match_letters(consumer)
+        consumer.close(autocommit=False)
+        kept, ahead, others = fsspec.asyn.sync(self.bucket.fs.loop, self.match_objects)
+        for partition, ledger in self.ledgers.items():
+            for first, last in ledger.missing():
+                self.report(
+                    "missing",
+                    last - first + 1,
+                    "%s/%d offsets %d to %d: neither object nor dead letter",
+                    topic,
+                    partition,
+                    first,
+                    last,
+                )
+        found = {
+            mark: sum(ledger.marks.count(mark) for ledger in self.ledgers.values())
+            for mark in (Ledger.OBJECT, Ledger.LETTER)
+        }
+        for tp in tps:
+            ledger = self.ledgers[tp.partition]
+            count = len(ledger.marks) - ledger.marks.count(Ledger.NONE)
+            records.info(
+                "checked %s/%d: %d records, offsets %d up to the committed position %s (end %d)",
+                *tp,
+                count,
+                ledger.begin,
+                committed[tp],
+                ends[tp],
+            )
+        for count, text in (
+            (repeated, "dead letters sent more than once (a crash can do that)"),
+            (kept, "objects of records that the topic no longer has"),
+            (ahead, "objects beyond the committed position, not checked"),
+            (others, "objects with other names under the prefix, not looked at"),
+        ):
+            if count:
+                records.info("%d %s", count, text)
+        verdict = (
+            ", ".join(f"{count} {kind}" for kind, count in self.problems.items() if count)
+            or "nothing missing, nothing twice, every byte the same"
+        )
+        records.info(
+            "audit: %d objects, %d dead letters: %s",
+            found[Ledger.OBJECT],
+            found[Ledger.LETTER],
+            verdict,
+        )
+        return 1 if any(self.problems.values()) else 0
+
+    def read(
+        self, consumer: Any, ranges: dict[TopicPartition, Ledger]
+    ) -> Iterator[tuple[TopicPartition, Any]]:
+        """Every record of the ranges. Raises Failure when the topic stops giving them."""
+        left = {tp: each for tp, each in ranges.items() if each.begin < each.until}
+        total, count, at = sum(e.until - e.begin for e in left.values()), 0, time.monotonic()
+        consumer.assign(list(left))
+        for tp, each in left.items():
+            consumer.seek(tp, each.begin)
+        while left:
+            for tp, batch in consumer.poll(timeout_ms=500).items():
+                at = time.monotonic()
+                for record in batch:
+                    if record.offset < ranges[tp].until:
+                        count += 1
+                        yield tp, record
+            left = {tp: each for tp, each in left.items() if consumer.position(tp) < each.until}
+            if time.monotonic() - at > 30:
+                raise Failure(f"the broker gives no records of {list(left)} for 30 s: audit ended")
+            self.progress("audit: read %d of %d records", count, total)
+
+    def match_letters(self, consumer: Any) -> int:
+        """Mark what is in the dead letter topic with the record's bytes; returns the repeats."""
+        topic = self.settings.kafka_dlq_topic
+        tps = [TopicPartition(topic, p) for p in consumer.partitions_for_topic(topic) or ()]
+        begins, ends = consumer.beginning_offsets(tps), consumer.end_offsets(tps)
+        repeated = 0
+        for _, letter in self.read(consumer, {tp: Ledger(begins[tp], ends[tp]) for tp in tps}):
+            headers = dict(letter.headers)
+            if headers.get("source.topic") != self.settings.kafka_topic.encode():
+                continue
+            partition, offset = int(headers["source.partition"]), int(headers["source.offset"])
+            ledger = self.ledgers.get(partition)
+            if not ledger or not ledger.begin <= offset < ledger.until:
+                continue
+            if _digest(letter.value) == ledger.digest(offset):
+                repeated += ledger.marks[offset - ledger.begin] == Ledger.LETTER
+                ledger.marks[offset - ledger.begin] = Ledger.LETTER
+        return repeated
+
+    async def match_objects(self) -> tuple[int, int, int]:
+        """Stream the listing past the ledgers; returns how many objects are of records before
+        the topic's beginning, beyond the committed position, and of other names."""
+        prefix, kept, ahead, others, count = self.settings.s3_prefix, 0, 0, 0, 0
+        pages = self.bucket.client.get_paginator("list_objects_v2")
+        async for page in pages.paginate(Bucket=self.bucket.name, Prefix=prefix):
+            unsure: list[tuple[str, Ledger, int]] = []
+            for entry in page.get("Contents", []):
+                count += 1
+                name = entry["Key"][len(prefix) :]
+                match = NAME.fullmatch(name)
+                if not match:
+                    if name.startswith(("stock_market_", "partition=")):
+                        self.report("stray", 1, "%s is no record's name", entry["Key"])
+                    else:
+                        others += 1
+                    continue
+                partition, offset = int(match[1] or 0), int(match[2])
+                ledger = self.ledgers.get(partition)
+                if ledger is None or offset >= self.ends[partition]:
+                    self.report("stray", 1, "%s: the topic has no such record", entry["Key"])
+                elif offset < ledger.begin:
+                    kept += 1
+                elif offset >= ledger.until:
+                    ahead += 1
+                elif ledger.marks[offset - ledger.begin] == Ledger.LETTER:
+                    self.report("stray", 1, "%s: the record is a dead letter too", entry["Key"])
+                elif ledger.marks[offset - ledger.begin] == Ledger.NONE:
+                    self.report("stray", 1, "%s: the topic has no such record", entry["Key"])
+                elif entry["ETag"].strip('"') == ledger.digest(offset).hex():
+                    ledger.marks[offset - ledger.begin] = Ledger.OBJECT
+                else:  # not every ETag is an MD5 (multipart, KMS)
+                    unsure.append((entry["Key"], ledger, offset))
+            for start in range(0, len(unsure), 64):
+                await asyncio.gather(*(self.compare(*each) for each in unsure[start : start + 64]))
+            self.progress("audit: compared %d objects", count)
+        return kept, ahead, others
+
+    async def compare(self, name: str, ledger: Ledger, offset: int) -> None:
+        if _digest(await self.bucket.get(name)) != ledger.digest(offset):
+            self.report("different", 1, "%s has other bytes than its record", name)
+        ledger.marks[offset - ledger.begin] = Ledger.OBJECT
+
+
+# ------------------------------------------------------------------------------------------ start
+
+
+def check_bucket(bucket: Bucket) -> bool:
+    """Check that the bucket is there and can be written to, and print the connection test.
+
+    Returns whether it can be listed. Raises Failure; takes 10 s at most.
+    """
+    settings = bucket.settings
+    where = f"S3_BUCKET={settings.s3_bucket} at {settings.s3_endpoint_url or 'AWS'}"
+    loop = fsspec.asyn.get_loop()
+
+    def call(coroutine: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, loop).result()
+
+    with within(12, f"{where}: no answer within 12 s; is the address right, is the server up?"):
+        try:
+            names, listed = call(bucket.open()), True
+        except (ClientError, BotoCoreError, OSError) as error:
+            if code_of(error) != "AccessDenied":
+                raise Failure(f"{where}: {_start_error(error)}") from None
+            names, listed = [], False
+            # May it be written to, at least? A condition that cannot hold writes nothing.
+            never = {"If-Match": '"00000000000000000000000000000000"'}
+            name = f"{settings.s3_prefix}.connection-test"
+            try:
+                code, text = call(bucket.put(name, b"", **never))
+            except (ClientError, BotoCoreError, OSError) as failed:
+                raise Failure(f"{where}: {_start_error(failed)}") from None
+            if code == 403:
+                raise Failure(f"{where}: {explain(S3Error(code, text))}") from None
+    shown = [f"{settings.s3_bucket}/{name}" for name in names] or [settings.s3_bucket]
+    records.info("Connection Test:  %s", shown)
+    if not listed:
+        log.warning("%s: listing is not allowed (s3:ListBucket): --audit will not work", where)
+    return listed
+
+
+def _start_error(error: BaseException) -> str:
+    text = explain(error)
+    if code_of(error) == "NoSuchBucket":
+        return f"{text}; create it, or correct S3_BUCKET"
+    if isinstance(error, NoCredentialsError):
+        return "no AWS credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    if not isinstance(error, ClientError):
+        return f"S3 cannot be reached: {text}; see S3_ENDPOINT_URL"
+    return text
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Kafka topic to S3 objects. Settings: README.md.")
+    parser.add_argument(
+        "--max-messages", type=positive, default=math.inf, help="end after so many records"
+    )
+    parser.add_argument(
+        "--audit", action="store_true", help="compare topic and bucket, and write nothing"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        settings = Settings.from_env(environment({}), required="S3_BUCKET")
+        setup_logging(settings)
+        stop = Stop()
+        check_kafka(settings)
+        bucket = Bucket(settings)
+        listed = check_bucket(bucket)
+        if args.audit:
+            stop.code = 1  # an audit that was stopped has proven nothing
+            if not listed:
+                raise Failure(f"S3_BUCKET={settings.s3_bucket}: --audit needs s3:ListBucket")
+            return Audit(settings, bucket, stop).run()
+        stats = Stats()
+        serve_metrics(settings, METRICS, stats)
+        consumer = KafkaConsumer(
+            **settings.kafka(),
+            group_id=settings.kafka_group_id,
+            enable_auto_commit=False,
+            auto_offset_reset="none",  # a client that chooses for us skips in silence
+            session_timeout_ms=6000,  # the broker's minimum: how long a killed member is missed
+            heartbeat_interval_ms=2000,
+            request_timeout_ms=max(7000, settings.kafka_request_timeout_ms),  # above the session's
+            retry_backoff_ms=10,  # also how long a poll can be held up by the heartbeat thread
+        )
+        uploader = Uploader(settings, bucket, stats)
+        sink = Sink(settings, consumer, uploader, stats, args.max_messages)
+        consumer.subscribe([settings.kafka_topic], listener=sink)
+        run(sink, stop)
+    except SettingsError as error:
+        print(*error.args, sep="\n", file=sys.stderr)
+        return 2
+    except (Failure, KafkaError) as error:
+        text = str(error) if isinstance(error, Failure) else f"{type(error).__name__}: {error}"
+        log.error("%s", text)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
