@@ -30,9 +30,13 @@ from dotenv.parser import parse_stream
 from kafka import KafkaConsumer, KafkaProducer
 from kafka.errors import KafkaError
 
+# What differs between kafka-python-ng and kafka-python 3 is here and in `make_producer`.
 try:
     from kafka import KafkaClient
-except ImportError:  # kafka-python 3, the successor of kafka-python-ng
+    from kafka.consumer.fetcher import NoOffsetForPartitionError
+except ImportError:
+    from kafka.errors import NoOffsetForPartitionError  # noqa: F401
+
     KafkaClient = None
 
 HERE = Path(__file__).resolve().parent
@@ -357,8 +361,9 @@ def setup_logging(settings: Settings) -> None:
     records.propagate = False
     records.setLevel(logging.INFO)
     # The libraries say secrets at DEBUG (signatures, tokens), and much at INFO.
-    for name in ("kafka", "botocore", "aiobotocore", "s3fs", "fsspec", "asyncio"):
+    for name in ("kafka", "botocore", "aiobotocore", "s3fs", "fsspec"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # complains of what an exit cuts off
     errors.addFilter(lambda record: not record.name.startswith("kafka") or _seldom(record))
 
 

@@ -38,7 +38,6 @@ from kafka.errors import (
     CommitFailedError,
     IllegalGenerationError,
     KafkaError,
-    NoOffsetForPartitionError,
     OffsetOutOfRangeError,
     RebalanceInProgressError,
     UnknownMemberIdError,
@@ -48,6 +47,7 @@ from s3fs import S3FileSystem
 from config import (
     Durations,
     Failure,
+    NoOffsetForPartitionError,
     Settings,
     SettingsError,
     Stop,
@@ -565,7 +565,9 @@ class Sink(ConsumerRebalanceListener):
     def take(self, batches: dict[TopicPartition, list[Any]]) -> None:
         items: list[Item] = []
         for tp, batch in batches.items():
-            partition = self.partitions[tp]
+            partition = self.partitions.get(tp)
+            if partition is None:
+                continue  # its position is settled first, and then this is fetched again
             for record in batch:
                 partition.open[record.offset] = None
                 items.append((partition, record))
@@ -648,7 +650,7 @@ class Sink(ConsumerRebalanceListener):
     def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
         self.fresh = set(assigned)
         self.consumer.pause(*self.fresh)
-        log.info("assigned: %s", ", ".join(f"{tp[0]}/{tp[1]}" for tp in sorted(self.fresh)) or "-")
+        log.info("assigned: %s", ", ".join(f"{t}/{p}" for t, p in sorted(self.fresh)) or "nothing")
 
     def busy(self) -> bool:
         return any(partition.open for partition in self.partitions.values())
@@ -679,13 +681,14 @@ def run(sink: Sink, stop: Stop) -> None:
     Raises Failure.
     """
     stats, shown, before = sink.stats, sink.clock(), 0
+    looked = shown
     every = 1 if sys.stderr.isatty() else 10
     try:
         while not stop.requested and stats.done < sink.limit:
             sink.step()
             now = sink.clock()
-            if now - shown >= every or not stats.lag:
-                stats.lag = sink.lag()
+            if now - looked >= 1:
+                stats.lag, looked = sink.lag(), now
             if now - shown >= every:
                 status(
                     log,
@@ -703,6 +706,7 @@ def run(sink: Sink, stop: Stop) -> None:
         while sink.busy() and not stats.holding and sink.clock() < deadline and not sink.failure:
             sink.collect(0.1)
         sink.commit(now=True)
+        logging.getLogger("kafka").setLevel(logging.CRITICAL)  # it calls every end a failure
         sink.consumer.close(autocommit=False)
         log.info("written %d, dead-lettered %d", stats.written, stats.dead_letters)
 
@@ -1011,6 +1015,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         uploader = Uploader(settings, bucket, stats)
         sink = Sink(settings, consumer, uploader, stats, args.max_messages)
+        consumer.partitions_for_topic(settings.kafka_topic)  # else it joins once without any
         consumer.subscribe([settings.kafka_topic], listener=sink)
         run(sink, stop)
     except SettingsError as error:
