@@ -35,10 +35,14 @@ make_venv() {
         || die "$python cannot make a virtual environment (Debian, Ubuntu: apt install python3-venv)"
 }
 
-# Editable: the scripts are run and tested where they stand.
+# Editable: the scripts are run and tested where they stand. Nothing to do while pyproject.toml is
+# older than the last time.
 install() {
+    local done_before="$VENV/.installed-$1"
+    [ ! "$done_before" -nt "$ROOT/pyproject.toml" ] || return 0
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check \
         --editable "$ROOT${1:+[$1]}"
+    touch "$done_before"
 }
 
 main() {
