@@ -538,14 +538,14 @@ def check_kafka(settings: Settings) -> set[int]:
     """Check, step by step, that the broker answers, knows the topic and can be reached where it
     says it is (the client itself reports all of these as "failed to update metadata").
 
-    Returns the topic's partitions. Raises Failure; takes 14 s at most.
+    Returns the topic's partitions. Raises Failure; takes 11 s at most.
     """
     servers = settings.kafka_bootstrap_servers
     where = f"KAFKA_BOOTSTRAP_SERVERS={','.join(servers)}"
     last = _LastError()
     with (
         within(
-            14,
+            11,
             f"{where}: the broker took the connection and did not answer; is it Kafka, and"
             f" KAFKA_SECURITY_PROTOCOL={settings.kafka_security_protocol}, and are the user and"
             " password right?",

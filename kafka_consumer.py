@@ -21,6 +21,7 @@ import re
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import md5
@@ -715,23 +716,27 @@ def run(sink: Sink, stop: Stop) -> None:
 
 
 class Ledger:
-    """One partition's records from `begin` to `until`: 16 bytes of MD5 and a mark each."""
+    """One partition's records from `begin` to `until`: a mark and 16 bytes of MD5 each."""
 
     NONE, RECORD, OBJECT, LETTER = range(4)
 
-    def __init__(self, begin: int, until: int) -> None:
-        self.begin, self.until = begin, max(begin, until)
+    def __init__(self, begin: int, until: int, end: int) -> None:
+        self.begin, self.until, self.end = begin, max(begin, until), end
         self.marks = bytearray(self.until - begin)
         self.digests = bytearray(16 * len(self.marks))
 
     def write(self, offset: int, value: bytes | None) -> None:
         at = offset - self.begin
         self.marks[at] = self.RECORD
-        self.digests[16 * at : 16 * at + 16] = _digest(value)
+        self.digests[16 * at : 16 * at + 16] = digest(value)
 
-    def digest(self, offset: int) -> bytes:
+    def mark(self, offset: int) -> int:
+        """What is known of an offset; NONE also for one outside the range."""
+        return self.marks[offset - self.begin] if self.begin <= offset < self.until else self.NONE
+
+    def same(self, offset: int, found: bytes) -> bool:
         at = 16 * (offset - self.begin)
-        return bytes(self.digests[at : at + 16])
+        return self.digests[at : at + 16] == found
 
     def missing(self) -> Iterator[tuple[int, int]]:
         """Ranges (first, last) of records with neither object nor dead letter."""
@@ -739,21 +744,57 @@ class Ledger:
             yield self.begin + match.start(), self.begin + match.end() - 1
 
 
-def _digest(value: bytes | None) -> bytes:
+def digest(value: bytes | None) -> bytes:
+    """What a ledger keeps of a value; zeros for null."""
     return bytes(16) if value is None else md5(value, usedforsecurity=False).digest()
 
 
 class Audit:
-    """Compares topic, dead letter topic and bucket; writes nothing anywhere."""
+    """Compares topic, dead letter topic and bucket; writes to none of them."""
 
     def __init__(self, settings: Settings, bucket: Bucket, stop: Stop) -> None:
         self.settings, self.bucket, self.stop = settings, bucket, stop
-        self.problems = {"missing": 0, "different": 0, "stray": 0}
+        self.ledgers: dict[int, Ledger] = {}
+        self.counts: Counter[str] = Counter()
         self.said = time.monotonic()
 
-    def report(self, kind: str, count: int, text: str, *args: object) -> None:
-        self.problems[kind] += count
-        records.info(f"{kind.upper()}: {text}", *args)
+    def run(self) -> int:
+        """Print every problem, then what was checked; returns the exit code. Raises Failure."""
+        topic = self.settings.kafka_topic
+        consumer = KafkaConsumer(
+            **self.settings.kafka(),
+            group_id=self.settings.kafka_group_id,
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+        )
+        self.read_topic(consumer)
+        self.read_letters(consumer)
+        consumer.close(autocommit=False)
+        fsspec.asyn.sync(self.bucket.fs.loop, self.read_bucket)
+        for partition, ledger in self.ledgers.items():
+            for first, last in ledger.missing():
+                text = f"{topic}/{partition} offsets {first} to {last}: no object, no dead letter"
+                self.problem("missing", text, last - first + 1)
+            for mark, kind in ((Ledger.OBJECT, "objects"), (Ledger.LETTER, "dead letters")):
+                self.counts[kind] += ledger.marks.count(mark)
+            checked = len(ledger.marks) - ledger.marks.count(Ledger.NONE)
+            records.info(
+                "checked %s/%d: %d records, offsets %d up to the committed position %d (end %d)",
+                *(topic, partition, checked, ledger.begin, ledger.until, ledger.end),
+            )
+        problems = [k for k in ("missing", "different", "stray") if self.counts[k]]
+        verdict = ", ".join(f"{self.counts.pop(kind)} {kind}" for kind in problems)
+        counts = ", ".join(f"{count} {kind}" for kind, count in self.counts.items() if count)
+        records.info(
+            "audit: %s: %s",
+            counts or "no records",
+            verdict or "nothing missing, nothing twice, every byte the same",
+        )
+        return 1 if problems else 0
+
+    def problem(self, kind: str, text: str, count: int = 1) -> None:
+        self.counts[kind] += count
+        records.info("%s: %s", kind.upper(), text)
 
     def progress(self, text: str, *args: object) -> None:
         if self.stop.requested:
@@ -762,14 +803,9 @@ class Audit:
             self.said = time.monotonic()
             status(log, text, *args)
 
-    def run(self) -> int:
+    def read_topic(self, consumer: Any) -> None:
+        """Fill a ledger for each partition, up to the group's committed position."""
         topic, group = self.settings.kafka_topic, self.settings.kafka_group_id
-        consumer = KafkaConsumer(
-            **self.settings.kafka(),
-            group_id=group,
-            enable_auto_commit=False,
-            auto_offset_reset="earliest",
-        )
         tps = [TopicPartition(topic, p) for p in sorted(consumer.partitions_for_topic(topic))]
         begins, ends = consumer.beginning_offsets(tps), consumer.end_offsets(tps)
         committed = {tp: consumer.committed(tp) for tp in tps}
@@ -778,152 +814,101 @@ class Audit:
                 f"KAFKA_GROUP_ID={group} has no committed position on topic {topic}: nothing to"
                 " audit; is this the consumer's group?"
             )
-        self.ends = {tp.partition: ends[tp] for tp in tps}
-        self.ledgers = {}
-        for tp in tps:
-            until = committed[tp] if committed[tp] is not None else begins[tp]
-            self.ledgers[tp.partition] = Ledger(begins[tp], min(until, ends[tp]))
-            if until > ends[tp]:
-                self.report(
-                    "missing",
-                    until - ends[tp],
-                    "%s/%d: committed %d is beyond the topic's end %d",
-                    *tp,
-                    until,
-                    ends[tp],
-                )
-        for tp, record in self.read(consumer, {tp: self.ledgers[tp.partition] for tp in tps}):
-            self.ledgers[tp.partition].write(record.offset, record.value)
-        repeated = self.match_letters(consumer)
-        consumer.close(autocommit=False)
-        kept, ahead, others = fsspec.asyn.sync(self.bucket.fs.loop, self.match_objects)
-        for partition, ledger in self.ledgers.items():
-            for first, last in ledger.missing():
-                self.report(
-                    "missing",
-                    last - first + 1,
-                    "%s/%d offsets %d to %d: neither object nor dead letter",
-                    topic,
-                    partition,
-                    first,
-                    last,
-                )
-        found = {
-            mark: sum(ledger.marks.count(mark) for ledger in self.ledgers.values())
-            for mark in (Ledger.OBJECT, Ledger.LETTER)
-        }
-        for tp in tps:
-            ledger = self.ledgers[tp.partition]
-            count = len(ledger.marks) - ledger.marks.count(Ledger.NONE)
-            records.info(
-                "checked %s/%d: %d records, offsets %d up to the committed position %s (end %d)",
-                *tp,
-                count,
-                ledger.begin,
-                committed[tp],
-                ends[tp],
-            )
-        for count, text in (
-            (repeated, "dead letters sent more than once (a crash can do that)"),
-            (kept, "objects of records that the topic no longer has"),
-            (ahead, "objects beyond the committed position, not checked"),
-            (others, "objects with other names under the prefix, not looked at"),
-        ):
-            if count:
-                records.info("%d %s", count, text)
-        verdict = (
-            ", ".join(f"{count} {kind}" for kind, count in self.problems.items() if count)
-            or "nothing missing, nothing twice, every byte the same"
-        )
-        records.info(
-            "audit: %d objects, %d dead letters: %s",
-            found[Ledger.OBJECT],
-            found[Ledger.LETTER],
-            verdict,
-        )
-        return 1 if any(self.problems.values()) else 0
+        for tp, position in committed.items():
+            if position is not None and position > ends[tp]:
+                text = f"{topic}/{tp.partition}: committed {position}, but the end is {ends[tp]}"
+                self.problem("missing", text, position - ends[tp])
+            until = min(position or 0, ends[tp])
+            self.ledgers[tp.partition] = Ledger(begins[tp], until, ends[tp])
+        ranges = {tp: (begins[tp], self.ledgers[tp.partition].until) for tp in tps}
+        for record in self.read(consumer, ranges):
+            self.ledgers[record.partition].write(record.offset, record.value)
 
-    def read(
-        self, consumer: Any, ranges: dict[TopicPartition, Ledger]
-    ) -> Iterator[tuple[TopicPartition, Any]]:
-        """Every record of the ranges. Raises Failure when the topic stops giving them."""
-        left = {tp: each for tp, each in ranges.items() if each.begin < each.until}
-        total, count, at = sum(e.until - e.begin for e in left.values()), 0, time.monotonic()
-        consumer.assign(list(left))
-        for tp, each in left.items():
-            consumer.seek(tp, each.begin)
-        while left:
-            for tp, batch in consumer.poll(timeout_ms=500).items():
-                at = time.monotonic()
-                for record in batch:
-                    if record.offset < ranges[tp].until:
-                        count += 1
-                        yield tp, record
-            left = {tp: each for tp, each in left.items() if consumer.position(tp) < each.until}
-            if time.monotonic() - at > 30:
-                raise Failure(f"the broker gives no records of {list(left)} for 30 s: audit ended")
-            self.progress("audit: read %d of %d records", count, total)
-
-    def match_letters(self, consumer: Any) -> int:
-        """Mark what is in the dead letter topic with the record's bytes; returns the repeats."""
+    def read_letters(self, consumer: Any) -> None:
+        """Mark the records that are in the dead letter topic, with their bytes."""
         topic = self.settings.kafka_dlq_topic
         tps = [TopicPartition(topic, p) for p in consumer.partitions_for_topic(topic) or ()]
         begins, ends = consumer.beginning_offsets(tps), consumer.end_offsets(tps)
-        repeated = 0
-        for _, letter in self.read(consumer, {tp: Ledger(begins[tp], ends[tp]) for tp in tps}):
+        for letter in self.read(consumer, {tp: (begins[tp], ends[tp]) for tp in tps}):
             headers = dict(letter.headers)
             if headers.get("source.topic") != self.settings.kafka_topic.encode():
                 continue
-            partition, offset = int(headers["source.partition"]), int(headers["source.offset"])
-            ledger = self.ledgers.get(partition)
-            if not ledger or not ledger.begin <= offset < ledger.until:
-                continue
-            if _digest(letter.value) == ledger.digest(offset):
-                repeated += ledger.marks[offset - ledger.begin] == Ledger.LETTER
+            ledger = self.ledgers.get(int(headers["source.partition"]))
+            offset = int(headers["source.offset"])
+            mark = ledger.mark(offset) if ledger else Ledger.NONE
+            if ledger and mark != Ledger.NONE and ledger.same(offset, digest(letter.value)):
+                # A crash between the letter and the commit sends it again.
+                self.counts["dead letters sent again"] += mark == Ledger.LETTER
                 ledger.marks[offset - ledger.begin] = Ledger.LETTER
-        return repeated
 
-    async def match_objects(self) -> tuple[int, int, int]:
-        """Stream the listing past the ledgers; returns how many objects are of records before
-        the topic's beginning, beyond the committed position, and of other names."""
-        prefix, kept, ahead, others, count = self.settings.s3_prefix, 0, 0, 0, 0
-        pages = self.bucket.client.get_paginator("list_objects_v2")
-        async for page in pages.paginate(Bucket=self.bucket.name, Prefix=prefix):
-            unsure: list[tuple[str, Ledger, int]] = []
-            for entry in page.get("Contents", []):
-                count += 1
-                name = entry["Key"][len(prefix) :]
-                match = NAME.fullmatch(name)
-                if not match:
-                    if name.startswith(("stock_market_", "partition=")):
-                        self.report("stray", 1, "%s is no record's name", entry["Key"])
-                    else:
-                        others += 1
-                    continue
-                partition, offset = int(match[1] or 0), int(match[2])
-                ledger = self.ledgers.get(partition)
-                if ledger is None or offset >= self.ends[partition]:
-                    self.report("stray", 1, "%s: the topic has no such record", entry["Key"])
-                elif offset < ledger.begin:
-                    kept += 1
-                elif offset >= ledger.until:
-                    ahead += 1
-                elif ledger.marks[offset - ledger.begin] == Ledger.LETTER:
-                    self.report("stray", 1, "%s: the record is a dead letter too", entry["Key"])
-                elif ledger.marks[offset - ledger.begin] == Ledger.NONE:
-                    self.report("stray", 1, "%s: the topic has no such record", entry["Key"])
-                elif entry["ETag"].strip('"') == ledger.digest(offset).hex():
-                    ledger.marks[offset - ledger.begin] = Ledger.OBJECT
-                else:  # not every ETag is an MD5 (multipart, KMS)
-                    unsure.append((entry["Key"], ledger, offset))
+    def read(self, consumer: Any, ranges: dict[Any, tuple[int, int]]) -> Iterator[Any]:
+        """Every record from begin up to until. Raises Failure when the topic gives no more."""
+        left = {tp: until for tp, (begin, until) in ranges.items() if begin < until}
+        total = sum(until - ranges[tp][0] for tp, until in left.items())
+        count, at = 0, time.monotonic()
+        consumer.assign(list(left))
+        for tp in left:
+            consumer.seek(tp, ranges[tp][0])
+        while left:
+            for tp, batch in consumer.poll(timeout_ms=500).items():
+                at = time.monotonic()
+                wanted = [record for record in batch if record.offset < ranges[tp][1]]
+                count += len(wanted)
+                yield from wanted
+            left = {tp: until for tp, until in left.items() if consumer.position(tp) < until}
+            if time.monotonic() - at > 30:
+                raise Failure(f"no more records of {sorted(left)} came for 30 s: audit ended")
+            self.progress("audit: read %d of %d records", count, total)
+
+    async def read_bucket(self) -> None:
+        """Stream the listing past the ledgers, a page at a time; read only what it leaves open."""
+        prefix, listed = self.settings.s3_prefix, 0
+        paginator = self.bucket.client.get_paginator("list_objects_v2")
+        async for page in paginator.paginate(Bucket=self.bucket.name, Prefix=prefix):
+            entries = page.get("Contents", [])
+            unsure = [entry["Key"] for entry in entries if not self.settled(entry)]
             for start in range(0, len(unsure), 64):
-                await asyncio.gather(*(self.compare(*each) for each in unsure[start : start + 64]))
-            self.progress("audit: compared %d objects", count)
-        return kept, ahead, others
+                await asyncio.gather(*map(self.compare, unsure[start : start + 64]))
+            listed += len(entries)
+            self.progress("audit: listed %d objects", listed)
 
-    async def compare(self, name: str, ledger: Ledger, offset: int) -> None:
-        if _digest(await self.bucket.get(name)) != ledger.digest(offset):
-            self.report("different", 1, "%s has other bytes than its record", name)
+    def settled(self, entry: dict[str, Any]) -> bool:
+        """Book an object of the listing; False when it has to be read, since not every ETag is
+        the MD5 of the bytes (multipart uploads, KMS)."""
+        key = entry["Key"]
+        match = NAME.fullmatch(key, len(self.settings.s3_prefix))
+        if not match:
+            if key.startswith(("stock_market_", "partition="), len(self.settings.s3_prefix)):
+                self.problem("stray", f"{key}: no record has this name")
+            else:
+                self.counts["other objects under the prefix"] += 1
+            return True
+        ledger, offset = self.ledgers.get(int(match[1] or 0)), int(match[2])
+        mark = ledger.mark(offset) if ledger else Ledger.NONE
+        if ledger and mark == Ledger.RECORD:
+            try:
+                same = ledger.same(offset, bytes.fromhex(entry["ETag"].strip('"')))
+            except ValueError:
+                same = False
+            if same:
+                ledger.marks[offset - ledger.begin] = Ledger.OBJECT
+            return same
+        if mark == Ledger.LETTER:
+            self.problem("stray", f"{key}: its record is a dead letter too")
+        elif ledger and offset < ledger.begin:
+            self.counts["objects that outlive their records"] += 1
+        elif ledger and ledger.until <= offset < ledger.end:
+            self.counts["objects beyond the committed position"] += 1
+        elif mark == Ledger.NONE:
+            self.problem("stray", f"{key}: the topic has no such record")
+        return True
+
+    async def compare(self, key: str) -> None:
+        match = NAME.fullmatch(key, len(self.settings.s3_prefix))
+        assert match
+        ledger, offset = self.ledgers[int(match[1] or 0)], int(match[2])
+        if not ledger.same(offset, digest(await self.bucket.get(key))):
+            self.problem("different", f"{key}: other bytes than its record")
         ledger.marks[offset - ledger.begin] = Ledger.OBJECT
 
 
@@ -942,7 +927,7 @@ def check_bucket(bucket: Bucket) -> bool:
     def call(coroutine: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, loop).result()
 
-    with within(12, f"{where}: no answer within 12 s; is the address right, is the server up?"):
+    with within(10, f"{where}: no answer within 10 s; is the address right, is the server up?"):
         try:
             names, listed = call(bucket.open()), True
         except (ClientError, BotoCoreError, OSError) as error:
