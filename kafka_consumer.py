@@ -1006,9 +1006,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SettingsError as error:
         print(*error.args, sep="\n", file=sys.stderr)
         return 2
-    except (Failure, KafkaError) as error:
-        text = str(error) if isinstance(error, Failure) else f"{type(error).__name__}: {error}"
-        log.error("%s", text)
+    except (Failure, KafkaError, ClientError, BotoCoreError, TimeoutError) as error:
+        log.error("%s", error if isinstance(error, Failure) else explain(error))
         return 1
     return 0
 
