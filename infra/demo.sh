@@ -127,12 +127,12 @@ main() {
     (show_objects)
     say "Audit: every offset against its object"
     (with_settings "$work/kafka_consumer.py" --audit)
-    say "Done; broker, bucket and data are removed. To go on with a terminal each:"
+    say "Done; broker, bucket and data go now. To go on, with a terminal each:"
     cat <<'END'
-    source .venv/bin/activate && cp .env.example .env
-    python infra/local_stack.py       # first terminal: Kafka and S3, until Ctrl-C
-    python kafka_consumer.py          # second
-    python kafka_producer.py          # third
+    cp -n .env.example .env
+    .venv/bin/python infra/local_stack.py     # first: Kafka and S3, until Ctrl-C
+    .venv/bin/python kafka_consumer.py        # second
+    .venv/bin/python kafka_producer.py        # third
 END
 }
 

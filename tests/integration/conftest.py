@@ -27,9 +27,9 @@ CI = os.environ.get("CI") == "true"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`real` marks what needs the broker; `root` is skipped where namespaces cannot be made."""
+    """`real` marks what needs a real server; `root` is skipped where it cannot work."""
     for item in items:
-        if "kafka" in getattr(item, "fixturenames", ()):
+        if {"kafka", "s3"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("real")
         if item.get_closest_marker("root") and not (sys.platform == "linux" and os.geteuid() == 0):
             item.add_marker(pytest.mark.skip(reason="needs root on Linux, for network namespaces"))
@@ -37,8 +37,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
-    """A failed test shows what its scripts printed and the end of the broker's log."""
+    """A failed test shows what its scripts printed and the end of the broker's log. In CI a skipped
+    `real` test is a failed one."""
     report = yield
+    if CI and report.skipped and item.get_closest_marker("real") and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, which CI=true forbids: {report.longrepr[2]}"
     if report.failed:
         arguments = getattr(item, "funcargs", {})
         for script in getattr(arguments.get("run"), "scripts", ()):
@@ -51,11 +55,6 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     return report
 
 
-def missing(reason: str) -> None:
-    """Skip for want of a part of the stack; under CI=true that is a failure."""
-    (pytest.fail if CI else pytest.skip)(reason)
-
-
 @pytest.fixture(scope="session")
 def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kafka]:
     """The real broker. A test that stops it starts it again before its end; one that secures or
@@ -63,7 +62,7 @@ def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kafka]:
     try:
         broker = Kafka(tmp_path_factory.mktemp("kafka"))
     except StackError as error:
-        missing(f"needs the real broker: {error}")
+        pytest.skip(f"needs the real broker: {error}")
     try:
         yield broker.start()
     finally:
@@ -75,7 +74,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
     """The S3 server: versitygw; moto's only where Go, which builds versitygw, is missing too."""
     server = S3(tmp_path_factory.mktemp("s3"))
     if server.kind != "versitygw" and shutil.which("go"):
-        missing("needs versitygw: tests/run.sh builds it")
+        pytest.skip("needs versitygw: tests/run.sh builds it")
     try:
         yield server.start()
     finally:

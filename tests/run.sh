@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# Every check of this project, from a fresh clone.
+set -euo pipefail
+
+readonly USAGE='Usage: tests/run.sh [--all] [PYTEST ARGUMENTS]
+Makes .venv, installs the test extra, then: ruff, mypy, shellcheck, unit tests, integration tests on a
+real broker and S3 server (Java with Maven or KAFKA_HOME; versitygw, which is built here where Go is).
+--all adds the long fault and soak tests. The other arguments go to pytest: -x, -k NAME, or the only
+files to test.
+PYTHON chooses the interpreter, VENV another folder than .venv.'
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+readonly ROOT
+readonly BIN="${VENV:-$ROOT/.venv}/bin"
+readonly VERSITYGW_VERSION=v1.8.0
+
+# The S3 server of the tests; some minutes the first time, once.
+build_versitygw() {
+    if [ -n "${VERSITYGW:-}" ] || [ -x .local/bin/versitygw ] || command -v versitygw >/dev/null; then
+        return
+    fi
+    if ! command -v go >/dev/null; then
+        echo "Neither versitygw nor Go was found: the tests use moto as their S3 server."
+        return
+    fi
+    echo "Building versitygw $VERSITYGW_VERSION into .local/bin (some minutes, once) ..."
+    GOBIN="$ROOT/.local/bin" go install \
+        "github.com/versity/versitygw/cmd/versitygw@$VERSITYGW_VERSION"
+}
+
+check_sources() {
+    "$BIN/ruff" check .
+    "$BIN/ruff" format --check .
+    "$BIN/mypy"
+    find infra tests .ci -name '*.sh' -print0 -o -path .ci/run -print0 \
+        | xargs -0 "$BIN/shellcheck"
+}
+
+main() {
+    cd "$ROOT"
+    local argument selected=() tests=(tests/test_*.py tests/integration)
+    case "${1:-}" in
+        -h | --help) printf '%s\n' "$USAGE" && return ;;
+        --all) selected=(-m "") && shift ;;
+    esac
+    for argument in "$@"; do
+        [ ! -e "${argument%%::*}" ] || tests=()
+    done
+    infra/venv.sh test
+    build_versitygw
+    check_sources
+    "$BIN/pytest" ${selected[@]+"${selected[@]}"} ${tests[@]+"${tests[@]}"} "$@"
+}
+
+if [ "${BASH_SOURCE[0]}" = "$0" ]; then
+    main "$@"
+fi
