@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         db.table("records").write_parquet(str(parquet))
         rows = duckdb.read_parquet(str(parquet)).shape[0]
         charts(db, f"{where}: {objects} objects").write_html(folder / "report.html")
-    except (BotoCoreError, OSError, duckdb.Error) as error:
+    except (BotoCoreError, OSError, ValueError, duckdb.Error) as error:
         print(f"{where}: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
     print(f"{objects} objects, {rows} rows in {parquet}, charts in {folder / 'report.html'}")
