@@ -492,11 +492,14 @@ class Sink(ConsumerRebalanceListener):
         self.polled_at = self.clock()
         try:
             batches = self.consumer.poll(timeout_ms=timeout_ms, max_records=limit)
-        except NoOffsetForPartitionError:
-            batches = {}  # a group without a position: settle() gives it one
         except OffsetOutOfRangeError:
             self.out_of_range()
             return {}
+        except KafkaError as error:
+            if not isinstance(error, NoOffsetForPartitionError) and not _passing(error):
+                raise
+            self.rewind()  # what the client had in hand when it raised is lost to it
+            batches = {}
         if self.fresh:
             self.settle()
         return batches
@@ -522,8 +525,10 @@ class Sink(ConsumerRebalanceListener):
                     )
                 self.consumer.seek(tp, position)
                 self.partitions[tp] = Partition(position)
-        except _MOVED:
-            self.partitions.clear()  # the next poll joins the group again
+        except KafkaError as error:
+            if not _passing(error):
+                raise
+            self.partitions.clear()  # and again after the next poll, in a new assignment or this
             return
         self.fresh.clear()
         self.consumer.resume(*fresh)
@@ -628,8 +633,10 @@ class Sink(ConsumerRebalanceListener):
         if now or count >= BATCH or self.clock() - self.committed_at >= COMMIT_EVERY:
             try:
                 self.consumer.commit(ready)
-            except _MOVED:
-                return  # the group has moved on; the next poll says what is ours
+            except KafkaError as error:
+                if not _passing(error):
+                    raise
+                return  # should the group have moved on, the next poll says what is ours
             self.committed_at = self.clock()
             self.stats.commits += 1
             for tp, at in ready.items():
@@ -668,12 +675,10 @@ def _position(offset: int) -> OffsetAndMetadata:
     return OffsetAndMetadata(offset, "")
 
 
-_MOVED = (
-    CommitFailedError,
-    IllegalGenerationError,
-    RebalanceInProgressError,
-    UnknownMemberIdError,
-)
+def _passing(error: KafkaError) -> bool:
+    """Whether an error ends by itself: the broker's, or the group's that has moved on."""
+    moved = (CommitFailedError, IllegalGenerationError, RebalanceInProgressError)
+    return error.retriable or isinstance(error, (*moved, UnknownMemberIdError, KafkaTimeoutError))
 
 
 def run(sink: Sink, stop: Stop) -> None:
