@@ -1,0 +1,121 @@
+"""The files around the scripts: they exist, agree with each other, and say how they are used."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from dataclasses import fields
+from pathlib import Path
+
+import local_stack
+import pytest
+from dotenv import dotenv_values
+
+from config import Settings
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLE = dotenv_values(ROOT / ".env.example", interpolate=False)
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SHELL_SCRIPTS = sorted([*ROOT.glob("infra/*.sh"), *ROOT.glob("tests/*.sh")])
+
+
+def tracked() -> set[str]:
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("not a git checkout")
+    return set(subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines())
+
+
+def test_the_top_level_holds_what_people_look_for_and_nothing_else() -> None:
+    assert {name.partition("/")[0] for name in tracked()} == {
+        *("README.md", "LICENSE", "pyproject.toml", "requirements.txt"),
+        *(".env.example", ".gitignore", ".ci"),
+        *("config.py", "kafka_producer.py", "kafka_consumer.py", "infra", "tests"),
+    }
+
+
+@pytest.mark.parametrize("name", [".env", "key.pem", "indexProcessed.csv", ".venv/x", ".local/x"])
+def test_git_ignores_secrets_and_what_is_fetched(name: str) -> None:
+    assert name not in tracked()
+    assert subprocess.run(["git", "check-ignore", "-q", name], cwd=ROOT).returncode == 0
+
+
+def test_env_example_has_every_setting_and_each_is_valid() -> None:
+    settings = {field.name.upper() for field in fields(Settings)}
+    aws = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"}
+    assert set(EXAMPLE) == settings | aws
+    values = {name: value or "" for name, value in EXAMPLE.items()}
+    for needed in ("CSV_PATH", "S3_BUCKET"):
+        Settings.from_env(values, required=needed)
+
+
+def test_env_example_gives_the_defaults_but_where_the_local_stack_differs() -> None:
+    differing = {"KAFKA_AUTO_OFFSET_RESET", "CSV_PATH", "S3_BUCKET", "S3_ENDPOINT_URL"}
+    for field in fields(Settings):
+        if field.name.upper() not in differing:
+            assert EXAMPLE[field.name.upper()] == field.metadata["default"], field.name
+
+
+def test_env_example_names_the_addresses_of_the_local_stack() -> None:
+    options = local_stack.parser().parse_args([])
+    assert EXAMPLE["KAFKA_BOOTSTRAP_SERVERS"] == f"localhost:{options.port}"
+    assert EXAMPLE["S3_ENDPOINT_URL"] == f"http://localhost:{options.s3_port}"
+
+
+def test_env_example_marks_the_three_lines_to_change() -> None:
+    lines = (ROOT / ".env.example").read_text().splitlines()
+    marked = [lines[n + 1].partition("=")[0] for n, line in enumerate(lines) if "# CHANGE" in line]
+    assert marked == ["KAFKA_BOOTSTRAP_SERVERS", "S3_BUCKET", "S3_ENDPOINT_URL"]
+
+
+def test_the_four_dependencies_are_pinned_and_the_same_in_both_files() -> None:
+    required = (ROOT / "requirements.txt").read_text().split()
+    assert required == PROJECT["dependencies"]
+    assert [
+        name for name, _, version in (line.partition("==") for line in required) if version
+    ] == [
+        *("kafka-python-ng", "pandas", "python-dotenv", "s3fs"),
+    ]
+
+
+@pytest.mark.parametrize("script", SHELL_SCRIPTS, ids=lambda path: path.name)
+def test_a_shell_script_can_be_run_and_says_how_it_is_used(script: Path) -> None:
+    assert os.access(script, os.X_OK)
+    done = subprocess.run([script, "--help"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"Usage: {script.relative_to(ROOT)}" in done.stdout
+
+
+@pytest.mark.parametrize("script", ["infra/demo.sh", "infra/venv.sh", "infra/setup_kafka.sh"])
+def test_a_shell_script_refuses_an_unknown_flag(script: str) -> None:
+    done = subprocess.run([ROOT / script, "--what"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Usage:" in done.stderr
+
+
+def test_data_excerpt_is_rows_of_numbers() -> None:
+    header, *rows = (ROOT / "tests" / "data" / "indexProcessed.csv").read_text().splitlines()
+    assert header == "Index,Date,Open,High,Low,Close,Adj Close,Volume,CloseUSD"
+    assert len(rows) == 492
+    assert all(re.fullmatch(r"HSI,200[89]-\d\d-\d\d(,\d+\.\d+){7}", row) for row in rows)
+
+
+@pytest.mark.slow
+def test_pip_install_brings_the_three_modules_and_their_dependencies(tmp_path: Path) -> None:
+    for name in tracked():
+        if "/" not in name:
+            shutil.copy(ROOT / name, tmp_path / name)
+    target = tmp_path / "installed"
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target, tmp_path],
+        check=True,
+    )
+    assert {path.name for path in target.glob("*.py")} == {
+        *("config.py", "kafka_consumer.py", "kafka_producer.py"),
+    }
+    (metadata,) = target.glob("*.dist-info/METADATA")
+    found = re.findall(r"^Requires-Dist: ([^;\n]+)$", metadata.read_text(), re.MULTILINE)
+    assert found == PROJECT["dependencies"]
