@@ -336,16 +336,22 @@ class _Stream(logging.StreamHandler):
         super().close()
 
 
-def _seldom(record: logging.LogRecord) -> bool:
-    """Let a client's line through once in 30 s: it says the same at every attempt."""
-    now = time.monotonic()
-    if now - _seldom_said.get(record.msg, -math.inf) < 30:
-        return False
-    _seldom_said[record.msg] = now
-    return True
+def _seldom() -> Callable[[logging.LogRecord], bool]:
+    """A filter that lets one line of the Kafka client through in 30 s, without its traceback: it
+    says the same in many words at every attempt."""
+    said = -math.inf
 
+    def let(record: logging.LogRecord) -> bool:
+        nonlocal said
+        if not record.name.startswith("kafka."):
+            return True
+        record.exc_info = record.exc_text = None
+        if record.created - said < 30:
+            return False
+        said = record.created
+        return True
 
-_seldom_said: dict[str, float] = {}
+    return let
 
 
 def setup_logging(settings: Settings) -> None:
@@ -364,7 +370,7 @@ def setup_logging(settings: Settings) -> None:
     for name in ("kafka", "botocore", "aiobotocore", "s3fs", "fsspec"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # complains of what an exit cuts off
-    errors.addFilter(lambda record: not record.name.startswith("kafka") or _seldom(record))
+    errors.addFilter(_seldom())
 
 
 def status(logger: logging.Logger, text: str, *args: object) -> None:

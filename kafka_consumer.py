@@ -39,6 +39,7 @@ from kafka.errors import (
     CommitFailedError,
     IllegalGenerationError,
     KafkaError,
+    KafkaTimeoutError,
     OffsetOutOfRangeError,
     RebalanceInProgressError,
     UnknownMemberIdError,
