@@ -66,7 +66,7 @@ def test_no_topic(ends_with_one_line):
 def test_no_bucket_wrong_key_wrong_secret(ends_with_one_line):
     ends_with_one_line(
         (CONSUMER, {"S3_BUCKET": "no-such-bucket-here"}, "no-such-bucket-here"),
-        (CONSUMER, {"AWS_SECRET_ACCESS_KEY": "wrong-secret"}, "AWS_"),
+        (CONSUMER, {"AWS_SECRET_ACCESS_KEY": "wrong-secret"}, "SignatureDoesNotMatch"),
     )
 
 
