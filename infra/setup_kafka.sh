@@ -130,11 +130,11 @@ put() {
   say "wrote $file"
 }
 
-# One of Kafka's command line tools, small enough to run beside the broker.
+# One of Kafka's command line tools, small enough to run beside the broker and quick to start.
 tool() {
   local name=$1
   shift
-  KAFKA_HEAP_OPTS=-Xmx128M "$CURRENT/bin/$name" "$@"
+  KAFKA_HEAP_OPTS=-Xmx128M KAFKA_JVM_PERFORMANCE_OPTS='-XX:+UseSerialGC -XX:TieredStopAtLevel=1' timeout 60 "$CURRENT/bin/$name" "$@"
 }
 
 reachable() { timeout 3 bash -c "exec 3<>/dev/tcp/$1/$2" 2>/dev/null; }
@@ -396,7 +396,7 @@ run_unit() {
 
 enough_brokers() {
   local here
-  here="$(timeout 20 "$CURRENT/bin/kafka-broker-api-versions.sh" --bootstrap-server "$PRIVATE_ADDRESS:9093" 2>/dev/null | grep -c '(id: ' || true)"
+  here="$(tool kafka-broker-api-versions.sh --bootstrap-server "$PRIVATE_ADDRESS:9093" 2>/dev/null | grep -c '(id: ' || true)"
   ((here >= REPLICAS)) || { sleep 2 && false; }
 }
 
@@ -427,7 +427,7 @@ make_sasl_user() {
   local configs=(tool kafka-configs.sh --bootstrap-server "$PRIVATE_ADDRESS:9093" --entity-type users --entity-name "$SASL_USER")
   if [[ -e $SECURE/.new-password ]] || ! "${configs[@]}" --describe | grep -q SCRAM-SHA-512; then
     # from a file: arguments can be seen by everybody on the machine
-    "${configs[@]}" --alter --add-config-file <(echo "SCRAM-SHA-512=[password=$(<"$SECURE/password")]")
+    "${configs[@]}" --alter --add-config-file <(echo "SCRAM-SHA-512=password=$(<"$SECURE/password")")
     rm -f "$SECURE/.new-password"
   fi
 }
@@ -471,25 +471,25 @@ forget_loopback_address() {
 }
 
 zookeeper() {
-  printf '%s\n' "$@" | timeout 30 "$CURRENT/bin/zookeeper-shell.sh" "${ZOOKEEPER:-127.0.0.1:2181}" 2>/dev/null
+  printf '%s\n' "$@" | tool zookeeper-shell.sh "${ZOOKEEPER:-127.0.0.1:2181}" 2>/dev/null
 }
 
-# The EXTERNAL address of each living broker, as clients are told it, one a line: "id host:port".
+# advertised ID...: the address that each of these brokers sends clients to, one a line
 advertised() {
-  local ids id gets=()
-  ids="$(zookeeper 'ls /brokers/ids' | sed -n 's/^\[\([0-9, ]*\)\]$/\1/p')"
-  for id in ${ids//,/ }; do
-    gets+=("get /brokers/ids/$id")
-  done
-  # shellcheck disable=SC2086
-  paste -d' ' <(printf '%s\n' ${ids//,/ }) <(zookeeper "${gets[@]}" | sed -n 's|.*"EXTERNAL://\([^"]*\)".*|\1|p')
+  zookeeper "${@/#/get /brokers/ids/}" | sed -n 's|.*"EXTERNAL://\([^"]*\)".*|\1|p'
 }
 
 say_env() {
+  local ids servers=$PUBLIC_ADDRESS:9092
   say
   say "Ready. In .env on your machine:"
   say
-  say "KAFKA_BOOTSTRAP_SERVERS=$(advertised | cut -d' ' -f2 | paste -sd,)"
+  if in_cluster; then
+    ids="$(zookeeper 'ls /brokers/ids' | sed -n 's/^\[\([0-9, ]*\)\]$/\1/p')"
+    # shellcheck disable=SC2086
+    servers="$(advertised ${ids//,/ } | paste -sd,)"
+  fi
+  say "KAFKA_BOOTSTRAP_SERVERS=$servers"
   if [[ -n $TLS ]]; then
     say "KAFKA_SECURITY_PROTOCOL=SASL_SSL"
     say "KAFKA_SASL_MECHANISM=SCRAM-SHA-512"
@@ -523,7 +523,7 @@ check() {
   for target in 127.0.0.1:9092 "$PRIVATE_ADDRESS:9093" $(in_cluster || echo 127.0.0.1:2181); do
     result "$(reachable "${target%:*}" "${target#*:}" && echo yes)" "$target answers" "journalctl -u kafka -u zookeeper"
   done
-  advertises="$(advertised | sed -n "s/^$BROKER_ID //p")"
+  advertises="$(advertised "$BROKER_ID")"
   result "$([[ $advertises != "$PUBLIC_ADDRESS:9092" ]] || echo yes)" \
     "clients are sent to ${advertises:-nowhere}" "the public address is $PUBLIC_ADDRESS; run this script again without --check"
   used="$(df --output=pcent "$DATA" | tr -dc 0-9)"

@@ -108,8 +108,9 @@ class Instance(Machine):
     def power_on(self) -> None:
         disk = ["nsenter", f"--mount=/proc/{self.holder.pid}/ns/mnt", *super().enter]
         own = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        # the kernel takes the children of an init that ignores SIGCHLD
-        self.power = hold(*disk, *own, "sh", "-c", "mount -t tmpfs run /run; trap '' CHLD; exec cat")
+        # an init that ignores SIGCHLD leaves no zombies
+        init = "mount -t tmpfs run /run; exec env --ignore-signal=CHLD cat"
+        self.power = hold(*disk, *own, "sh", "-c", init)
         children = Path(f"/proc/{self.power.pid}/task/{self.power.pid}/children")
         self.init = int(children.read_text())
 

@@ -19,7 +19,7 @@ class Metadata(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(text.encode())
 
-    def do_PUT(self) -> None:  # noqa: N802
+    def do_PUT(self) -> None:
         if self.path != "/latest/api/token":
             return self.answer(404)
         if not self.headers.get("X-aws-ec2-metadata-token-ttl-seconds", "").isdigit():
@@ -27,12 +27,15 @@ class Metadata(BaseHTTPRequestHandler):
         TOKENS.add(secrets.token_hex())
         self.answer(200, next(iter(TOKENS)))
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         if self.headers.get("X-aws-ec2-metadata-token") not in TOKENS:
             return self.answer(401)
         private = self.client_address[0]
         public = Path(sys.argv[1], private)
-        values = {"local-ipv4": private, "public-ipv4": public.read_text() if public.exists() else ""}
+        values = {
+            "local-ipv4": private,
+            "public-ipv4": public.read_text() if public.exists() else "",
+        }
         value = values.get(self.path.removeprefix("/latest/meta-data/"))
         self.answer(200, value) if value else self.answer(404)
 
