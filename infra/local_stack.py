@@ -479,8 +479,10 @@ class S3:
         return self
 
     def client(self):
-        """A botocore client for this server."""
-        return botocore.session.Session(profile=None).create_client(
+        """A botocore client for this server; the user's AWS profile and files do not matter."""
+        values = {"profile": None, "config_file": os.devnull, "credentials_file": os.devnull}
+        ignored = {name: (None, None, value, None) for name, value in values.items()}
+        return botocore.session.Session(session_vars=ignored).create_client(
             "s3",
             endpoint_url=self.endpoint,
             region_name=self.region,
