@@ -6,6 +6,7 @@ consumer would otherwise both have to say.
 
 from __future__ import annotations
 
+import argparse
 import ipaddress
 import json
 import logging
@@ -255,7 +256,10 @@ def environment(flags: Mapping[str, str | None], dotenv: Path = HERE / ".env") -
 
 def positive(text: str) -> int:
     """A count for argparse: a whole number, at least 1."""
-    return int(_number(1, math.inf)(text))
+    try:
+        return int(_number(1, math.inf)(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
 
 
 # -------------------------------------------------------------------------------------- logging

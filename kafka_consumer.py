@@ -69,7 +69,7 @@ log = logging.getLogger(__name__)
 WINDOW = 256  # records taken and not committed: what a kill -9 makes us send again
 BATCH = 64  # room that makes a poll worth its price
 COMMIT_EVERY = 0.1  # s
-PATIENCE = 3.0  # s an upload may take, and as long again for each 150 kB
+PATIENCE = 3.0  # s that S3 may take, and as long again for each 150 kB
 LONGEST_PAUSE = 1.0  # s between attempts while S3 fails; with PATIENCE under the 5 s of DESIGN
 SAY_EVERY = 30.0  # s
 
@@ -202,6 +202,11 @@ def explain(error: BaseException) -> str:
     return " ".join(text.split())
 
 
+def patience(value: bytes) -> float:
+    """Seconds that S3 may take for an object; then it is tried again, which is always safe."""
+    return PATIENCE * (1 + len(value) / 150_000)
+
+
 class Bucket:
     """The bucket, seen from the event loop; every call is bounded in time."""
 
@@ -231,15 +236,15 @@ class Bucket:
         await self.fs.set_session()
         self.client = await self.fs.get_s3(self.name)
         sent: list[Any] = []
-        self.client.meta.events.register(
-            "before-send.s3", lambda request, **_: sent.append(request)
-        )
+        events, note = self.client.meta.events, lambda request, **_: sent.append(request)
+        events.register("before-send.s3", note)
         try:
             answer = await self.client.list_objects_v2(
                 Bucket=self.name, Prefix=self.settings.s3_prefix, MaxKeys=3
             )
             return [entry["Key"] for entry in answer.get("Contents", [])]
         finally:
+            events.unregister("before-send.s3", note)
             if sent:
                 self._learn(sent[-1])
                 self.credentials = await session.get_credentials()
@@ -258,9 +263,9 @@ class Bucket:
         """PUT with conditions; returns the HTTP status and the answer's text."""
         url = self.base + quote(name, safe="/~")
         request = AWSRequest("PUT", url, {"Content-Type": "application/json", **headers}, value)
-        keys = await self.credentials.get_frozen_credentials()
-        S3SigV4Auth(keys, "s3", self.region).add_auth(request)
-        async with asyncio.timeout(PATIENCE * (1 + len(value) / 150_000)):
+        async with asyncio.timeout(patience(value)):
+            keys = await self.credentials.get_frozen_credentials()
+            S3SigV4Auth(keys, "s3", self.region).add_auth(request)
             answer = await self.http.send(request.prepare())
             return answer.status_code, await answer.text
 
@@ -272,15 +277,15 @@ class Bucket:
             return True
         if code != 412:
             raise S3Error(code, text)
-        if await self.get(name) != value:
+        if await self.get(name, patience(value)) != value:
             raise Conflict(
                 f"s3://{self.name}/{name} is there with other bytes: it was left as it is. Was the"
                 " topic made anew, or do two topics share this S3_PREFIX? Set another S3_PREFIX"
             )
         return False
 
-    async def get(self, name: str) -> bytes:
-        async with asyncio.timeout(60):
+    async def get(self, name: str, timeout: float = 60) -> bytes:
+        async with asyncio.timeout(timeout):
             answer = await self.client.get_object(Bucket=self.name, Key=name)
             async with answer["Body"] as body:
                 return bytes(await body.read())
@@ -715,7 +720,7 @@ def run(sink: Sink, stop: Stop) -> None:
         sink.commit(now=True)
         logging.getLogger("kafka").setLevel(logging.CRITICAL)  # it calls every end a failure
         sink.consumer.close(autocommit=False)
-        log.info("written %d, dead-lettered %d", stats.written, stats.dead_letters)
+        status(log, "written %d, dead-lettered %d", stats.written, stats.dead_letters)
 
 
 # -------------------------------------------------------------------------------------- the audit

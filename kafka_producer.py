@@ -267,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             run(sender, sample(rows, settings.random_seed), args.max_messages, stop)
         finally:
-            log.info("sent %d%s", sender.sent, sender.unsaid())
+            status(log, "sent %d%s", sender.sent, sender.unsaid())
             producer.close(timeout=0.5)
     except SettingsError as error:
         print(*error.args, sep="\n", file=sys.stderr)
