@@ -107,13 +107,18 @@ def _matching(pattern: str, otherwise: str) -> Callable[[str], str]:
 
 def _servers(text: str) -> tuple[str, ...]:
     servers = tuple(server.strip() for server in text.split(","))
-    for server in servers:
-        host, _, port = server.rpartition(":")
-        if host.startswith("["):
-            ipaddress.IPv6Address(host.strip("[]"))
-        if not re.fullmatch(r"\[.+\]|[^\s:/@]+", host) or not re.fullmatch(r"\d{1,5}", port):
-            raise ValueError("must be host:port, several with commas between (localhost:9092)")
-        _number(1, 65535)(port)
+    try:
+        for server in servers:
+            host, _, port = server.rpartition(":")
+            if not re.fullmatch(r"\[.+\]|[^\s:/@]+", host) or not re.fullmatch(r"[0-9]{1,5}", port):
+                raise ValueError
+            if host.startswith("["):
+                ipaddress.IPv6Address(host[1:-1])
+            host.encode("idna")
+            _number(1, 65535)(port)
+    except ValueError:
+        what = "must be host:port, the port at most 65535, several with commas between"
+        raise ValueError(f"{what} (localhost:9092)") from None
     return servers
 
 
@@ -123,14 +128,18 @@ def _version(text: str) -> tuple[int, ...]:
 
 
 def _url(text: str) -> str:
-    parts = urlsplit(text)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(text)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        good = False
+    if not good:
         raise ValueError("must be an address such as http://localhost:9000, or empty: AWS")
     return text
 
 
 def _path(text: str) -> Path:
-    return HERE / Path(text).expanduser()
+    return HERE / os.path.expanduser(text)
 
 
 # Kafka's rule for topic names: org.apache.kafka.common.internals.Topic.
@@ -158,7 +167,7 @@ class Settings:
     kafka_group_id: str = _setting("python-consumer-group", _group)
     kafka_auto_offset_reset: str = _setting("latest", _choice("latest", "earliest"))
     kafka_api_version: tuple[int, ...] | None = _setting("2.8.1", _optional(_version))
-    kafka_request_timeout_ms: int = _setting("30000", _number(1000, 3_600_000))
+    kafka_request_timeout_ms: int = _setting("30000", _number(1000, 500_000))
     kafka_security_protocol: str = _setting(
         "PLAINTEXT", _choice("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL")
     )
@@ -192,13 +201,16 @@ class Settings:
             name = each.name.upper()
             text = environ.get(name, each.metadata["default"])
             try:
+                text.encode()
                 values[each.name] = each.metadata["parse"](text)
+            except UnicodeEncodeError:  # no value: it may be a secret
+                problems.append(f"{name}: must be UTF-8")
             except ValueError as error:
                 problems.append(f"{name}={text!r}: {error}")
         get = values.get
         if required == "S3_BUCKET" and not get("s3_bucket", True):
             problems.append("S3_BUCKET is not set: name the bucket, in .env or the environment")
-        if required == "CSV_PATH" and not get("csv_path", HERE).exists():
+        if required == "CSV_PATH" and not os.path.exists(get("csv_path", HERE)):
             problems.append(f"CSV_PATH={str(get('csv_path'))!r}: there is no such file")
         if get("kafka_topic") == get("kafka_dlq_topic", ""):
             problems.append(f"KAFKA_DLQ_TOPIC={get('kafka_topic')!r}: must differ from KAFKA_TOPIC")
@@ -209,7 +221,7 @@ class Settings:
                         f"{name.upper()} is not set:"
                         f" KAFKA_SECURITY_PROTOCOL={values['kafka_security_protocol']} needs it"
                     )
-        if get("kafka_ssl_cafile") and not Path(values["kafka_ssl_cafile"]).is_file():
+        if get("kafka_ssl_cafile") and not os.path.isfile(values["kafka_ssl_cafile"]):
             problems.append(
                 f"KAFKA_SSL_CAFILE={values['kafka_ssl_cafile']!r}: there is no such file"
             )
@@ -237,20 +249,24 @@ def environment(flags: Mapping[str, str | None], dotenv: Path = HERE / ".env") -
 
     Raises SettingsError for a file that cannot be read, or a line that is not NAME=value.
     """
-    if dotenv.is_file():
+    if os.path.isfile(dotenv):
         try:
             with dotenv.open(encoding="utf-8-sig") as stream:
                 lines = list(parse_stream(stream))
         except (OSError, UnicodeDecodeError) as error:
             raise SettingsError(f"{dotenv} cannot be read: {error}") from None
-        bad = [line for line in lines if line.error or (line.key and line.value is None)]
-        if bad:  # a line may hold a secret: its number is enough
-            raise SettingsError(
-                *(f"{dotenv}, line {line.original.line}: must be NAME=value" for line in bad)
-            )
+        problems = []
         for line in lines:
-            if line.key and line.value is not None:
-                os.environ.setdefault(line.key, line.value)
+            if line.error or (line.key and (line.value is None or "\0" in line.value)):
+                # The line may hold a secret: its number is enough. Blank lines count as its own.
+                text = line.original.string
+                number = line.original.line + text[: len(text) - len(text.lstrip())].count("\n")
+                problems.append(f"{dotenv}, line {number}: must be NAME=value")
+        if problems:
+            raise SettingsError(*problems)
+        for name, value in {line.key: line.value for line in lines}.items():  # the last one counts
+            if name and value is not None:
+                os.environ.setdefault(name, value)
     return {**os.environ, **{name: text for name, text in flags.items() if text is not None}}
 
 
@@ -329,7 +345,8 @@ class _Stream(logging.StreamHandler):
         error = sys.exc_info()[1]
         if isinstance(error, BrokenPipeError):  # `| head`: the reader has left, so stop
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-            signal.raise_signal(signal.SIGTERM)
+            if callable(signal.getsignal(signal.SIGTERM)):  # not stopping yet
+                signal.raise_signal(signal.SIGTERM)
         elif not isinstance(error, OSError):  # a full disk is no reason to stop moving records
             super().handleError(record)
 
@@ -360,6 +377,8 @@ def _seldom() -> Callable[[logging.LogRecord], bool]:
 
 def setup_logging(settings: Settings) -> None:
     """Records to stdout, the rest to stderr, as text or as JSON."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (None: started with >&-)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     made: Callable[[str], logging.Formatter] = (
         (lambda style: _Json()) if settings.log_format == "json" else _Text
     )
@@ -504,7 +523,8 @@ class Stop:
 
     def _handle(self, signum: int, frame: object) -> None:
         self.requested = True
-        signal.signal(signum, signal.SIG_DFL)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
 
     def _watch(self) -> None:
         while not self.requested:
