@@ -622,11 +622,13 @@ class _LastError(logging.Handler):
     text = ""
 
     def __enter__(self) -> None:
-        self.addFilter(lambda record: record.name.startswith("kafka"))
-        logging.getLogger("kafka").addHandler(self)
+        self.client = logging.getLogger("kafka")
+        self.client.addHandler(self)
+        self.client.propagate = False  # it is said once, with ours
 
     def __exit__(self, *error: object) -> None:
-        logging.getLogger("kafka").removeHandler(self)
+        self.client.removeHandler(self)
+        self.client.propagate = True
 
     def emit(self, record: logging.LogRecord) -> None:
         self.text = record.getMessage()

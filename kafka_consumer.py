@@ -33,7 +33,7 @@ import fsspec.asyn
 from aiobotocore.session import AioSession
 from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
-from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+from botocore.exceptions import BotoCoreError, ClientError
 from kafka import ConsumerRebalanceListener, KafkaConsumer, OffsetAndMetadata, TopicPartition
 from kafka.errors import (
     CommitFailedError,
@@ -156,22 +156,27 @@ class S3Error(Exception):
     """S3's refusal: `code` as in its list of error responses."""
 
     def __init__(self, status: int, text: str) -> None:
-        codes = re.findall(r"<(?:Code|Message)>([^<]*)", text)
-        self.code = codes[0] if codes else f"HTTP{status}"
-        super().__init__(": ".join(codes) or f"HTTP {status}")
+        code, message = (re.search(f"<{tag}>([^<]*)", text) for tag in ("Code", "Message"))
+        self.code = code[1] if code else f"HTTP {status}"
+        super().__init__(message[1] if message else "")
 
 
 class Conflict(Failure):
     """An object is there with other bytes."""
 
 
-_CREDENTIALS = {
-    "ExpiredToken",
-    "InvalidAccessKeyId",
-    "InvalidToken",
-    "SignatureDoesNotMatch",
-    "TokenRefreshRequired",
-    "NoCredentialsError",
+_RENEW = "check or renew the AWS credentials"
+HINTS = {
+    "AccessDenied": "does the policy allow s3:PutObject and s3:GetObject here?",
+    "EndpointConnectionError": "see S3_ENDPOINT_URL; is the server up?",
+    "ExpiredToken": _RENEW,
+    "InvalidAccessKeyId": _RENEW,
+    "InvalidToken": _RENEW,
+    "NoCredentialsError": _RENEW,
+    "NoSuchBucket": "create it, or correct S3_BUCKET",
+    "RequestTimeTooSkewed": "set this machine's clock",
+    "SignatureDoesNotMatch": _RENEW,
+    "TokenRefreshRequired": _RENEW,
 }
 
 
@@ -184,22 +189,13 @@ def code_of(error: BaseException) -> str:
 
 def explain(error: BaseException) -> str:
     """An error in one line, with what to try where that is known."""
-    code = code_of(error)
+    code, message = code_of(error), str(error)
     if isinstance(error, ClientError):
-        text = f"{code}: {error.response['Error'].get('Message', error)}"
-    elif isinstance(error, S3Error):
-        text = str(error)
+        message = error.response.get("Error", {}).get("Message", message)
     elif isinstance(error, TimeoutError):
-        text = "no answer in time"
-    else:
-        text = f"{code}: {error}"
-    if code in _CREDENTIALS:
-        text += " (renew the AWS credentials)"
-    elif code == "AccessDenied":
-        text += " (does the policy allow s3:PutObject and s3:GetObject here?)"
-    elif code == "RequestTimeTooSkewed":
-        text += " (set this machine's clock)"
-    return " ".join(text.split())
+        message = "no answer in time"
+    hint = f" ({HINTS[code]})" if code in HINTS else ""
+    return " ".join(f"{code}: {message}{hint}".split())
 
 
 def patience(value: bytes) -> float:
@@ -407,7 +403,7 @@ class Uploader:
                     said = now
                 await asyncio.sleep(pause * random.uniform(0.5, 1))
                 pause = min(2 * pause, LONGEST_PAUSE)
-                if code_of(error) in _CREDENTIALS:
+                if HINTS.get(code_of(error)) == _RENEW:
                     await self.reopen()
                 outcome, error = await self.attempt(record)
         finally:
@@ -943,7 +939,7 @@ def check_bucket(bucket: Bucket) -> bool:
             names, listed = call(bucket.open()), True
         except (ClientError, BotoCoreError, OSError) as error:
             if code_of(error) != "AccessDenied":
-                raise Failure(f"{where}: {_start_error(error)}") from None
+                raise Failure(f"{where}: {explain(error)}") from None
             names, listed = [], False
             # May it be written to, at least? A condition that cannot hold writes nothing.
             never = {"If-Match": '"00000000000000000000000000000000"'}
@@ -951,7 +947,7 @@ def check_bucket(bucket: Bucket) -> bool:
             try:
                 code, text = call(bucket.put(name, b"", **never))
             except (ClientError, BotoCoreError, OSError) as failed:
-                raise Failure(f"{where}: {_start_error(failed)}") from None
+                raise Failure(f"{where}: {explain(failed)}") from None
             if code == 403:
                 raise Failure(f"{where}: {explain(S3Error(code, text))}") from None
     shown = [f"{settings.s3_bucket}/{name}" for name in names] or [settings.s3_bucket]
@@ -959,17 +955,6 @@ def check_bucket(bucket: Bucket) -> bool:
     if not listed:
         log.warning("%s: listing is not allowed (s3:ListBucket): --audit will not work", where)
     return listed
-
-
-def _start_error(error: BaseException) -> str:
-    text = explain(error)
-    if code_of(error) == "NoSuchBucket":
-        return f"{text}; create it, or correct S3_BUCKET"
-    if isinstance(error, NoCredentialsError):
-        return "no AWS credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-    if not isinstance(error, ClientError):
-        return f"S3 cannot be reached: {text}; see S3_ENDPOINT_URL"
-    return text
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
