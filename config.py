@@ -22,13 +22,14 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from dotenv.parser import parse_stream
-from kafka import KafkaConsumer, KafkaProducer
+from kafka import KafkaConsumer, KafkaProducer, codec
 from kafka.errors import KafkaError
 
 # What differs between kafka-python-ng and kafka-python 3 is here and in `make_producer`.
@@ -224,6 +225,14 @@ class Settings:
         if get("kafka_ssl_cafile") and not os.path.isfile(values["kafka_ssl_cafile"]):
             problems.append(
                 f"KAFKA_SSL_CAFILE={values['kafka_ssl_cafile']!r}: there is no such file"
+            )
+        compression = get("kafka_compression_type")
+        if compression and not getattr(codec, f"has_{compression}")():
+            package = {"snappy": "python-snappy", "zstd": "zstandard"}.get(compression, compression)
+            problems.append(f"KAFKA_COMPRESSION_TYPE={compression!r}: pip install {package}")
+        if get("metrics_port") and not find_spec("prometheus_client"):
+            problems.append(
+                f"METRICS_PORT={values['metrics_port']!r}: pip install prometheus-client"
             )
         if problems:
             raise SettingsError(*problems)
@@ -423,17 +432,12 @@ def serve_metrics(settings: Settings, metrics: tuple[tuple[str, ...], ...], stat
 
     A row of `metrics` is (name, help, attribute[, label]). The attribute is a number, `Durations`,
     or with a label a dict of its values to numbers. They are read when Prometheus asks, so the
-    scripts only count. Raises SettingsError without the extra, Failure for a port in use.
+    scripts only count. Raises Failure for a port in use.
     """
     if settings.metrics_port is None:
         return
-    try:
-        from prometheus_client import core, start_http_server
-        from prometheus_client.registry import Collector, CollectorRegistry
-    except ImportError:
-        raise SettingsError(
-            f"METRICS_PORT={settings.metrics_port} needs a package: pip install prometheus-client"
-        ) from None
+    from prometheus_client import core, start_http_server
+    from prometheus_client.registry import Collector, CollectorRegistry
 
     class Reader(Collector):
         def collect(self) -> Iterator[core.Metric]:
@@ -487,21 +491,16 @@ def make_producer(settings: Settings, **options: Any) -> KafkaProducer:
             "request_timeout_ms": _FOREVER,
             "kafka_client": lambda **o: KafkaClient(**{**o, "request_timeout_ms": timeout}),
         }
-    try:
-        return KafkaProducer(
-            **settings.kafka(),
-            acks="all",
-            retries=_FOREVER,
-            max_in_flight_requests_per_connection=1,
-            max_block_ms=500,
-            max_request_size=2**30,  # the broker says what is too large
-            compression_type=settings.kafka_compression_type or None,
-            **options,
-        )
-    except AssertionError as error:  # how the client says that a library is missing
-        raise SettingsError(
-            f"KAFKA_COMPRESSION_TYPE={settings.kafka_compression_type}: {error}"
-        ) from None
+    return KafkaProducer(
+        **settings.kafka(),
+        acks="all",
+        retries=_FOREVER,
+        max_in_flight_requests_per_connection=1,
+        max_block_ms=500,
+        max_request_size=2**30,  # the broker says what is too large
+        compression_type=settings.kafka_compression_type or None,
+        **options,
+    )
 
 
 # ---------------------------------------------------------------------------- starting, stopping
@@ -564,11 +563,11 @@ def _reach(host: str, port: int, timeout: float) -> str:
     return ""
 
 
-def check_kafka(settings: Settings) -> set[int]:
+def check_kafka(settings: Settings) -> None:
     """Check, step by step, that the broker answers, knows the topic and can be reached where it
     says it is (the client itself reports all of these as "failed to update metadata").
 
-    Returns the topic's partitions. Raises Failure; takes 11 s at most.
+    Raises Failure; takes 11 s at most.
     """
     servers = settings.kafka_bootstrap_servers
     where = f"KAFKA_BOOTSTRAP_SERVERS={','.join(servers)}"
@@ -613,7 +612,6 @@ def check_kafka(settings: Settings) -> set[int]:
                 f"{where} answers, but says that clients shall connect to an address that cannot"
                 f" be reached ({'; '.join(problems)}); mend advertised.listeners on the broker"
             )
-    return partitions
 
 
 class _LastError(logging.Handler):
