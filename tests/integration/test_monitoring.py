@@ -159,7 +159,7 @@ def test_each_alert_fires_when_its_cause_is_there_and_ends_with_it(
     until(lambda: "DeadLetters" in prometheus.firing(), what="alert DeadLetters")
 
     faulty.fail("403")
-    until(lambda: "ConsumerHolding" in prometheus.firing(), timeout=10, what="ConsumerHolding")
+    until(lambda: "ConsumerHolding" in prometheus.firing(), what="ConsumerHolding")
     assert "AccessDenied" in prometheus.firing()["ConsumerHolding"]
     fired: set[str] = set()
     until(
