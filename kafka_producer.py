@@ -63,8 +63,20 @@ def read_rows(path: Path, key_column: str = "") -> list[Row]:
     """
     where = f"CSV_PATH={str(path)!r}"
     try:
-        # numpy_nullable: a whole number stays one in a column with gaps
-        frame = pd.read_csv(path, float_precision="round_trip", dtype_backend="numpy_nullable")
+        # numpy_nullable: a whole number stays one in a column with gaps. low_memory would choose
+        # a column's type for each part of the file.
+        frame = pd.read_csv(
+            path, float_precision="round_trip", dtype_backend="numpy_nullable", low_memory=False
+        )
+        if not isinstance(frame.index, pd.RangeIndex):  # pandas made an index of the first column
+            raise ValueError("its rows have more fields than its header")
+        # Whole numbers beyond 64 bits come as text, and so may what is missing among them.
+        for at in range(frame.shape[1]):
+            if frame.dtypes.iloc[at] == "string" and _whole(frame.iloc[:, at]).any():
+                texts = pd.read_csv(path, usecols=[at], dtype="string").iloc[:, 0]
+                if _whole(texts.dropna()).all():
+                    numbers = [None if pd.isna(text) else int(text) for text in texts]
+                    frame[frame.columns[at]] = pd.Series(numbers, dtype=object)
     except (OSError, ValueError) as error:  # pandas' and Unicode's errors are ValueErrors
         raise SettingsError(f"{where} cannot be read as CSV: {str(error).strip()}") from None
     if key_column and key_column not in frame.columns:
@@ -93,6 +105,10 @@ def read_rows(path: Path, key_column: str = "") -> list[Row]:
             key = row.get(key_column)
             rows.append((None if key is None else str(key).encode(), text.encode()))
     return rows
+
+
+def _whole(texts: pd.Series) -> pd.Series:
+    return texts.str.fullmatch("[+-]?[0-9]{1,4000}")  # beyond that Python makes no int of it
 
 
 def sample(rows: Sequence[Row], seed: int | None) -> Iterator[Row]:
@@ -139,6 +155,7 @@ class Sender:
         try:
             future = self.producer.send(self.topic, key=row[0], value=row[1])
         except KafkaTimeoutError:
+            self.silent()
             return False
         except KafkaError as error:
             self.refused(error, row)
@@ -157,7 +174,7 @@ class Sender:
             try:
                 answer = future.get(timeout=timeout)
             except KafkaTimeoutError:
-                if future.is_done:
+                if future.failed():  # not is_done: it may have come while we gave up waiting
                     self.refused(future.exception, row)
                 self.silent()
                 return
@@ -181,6 +198,8 @@ class Sender:
 
     def silent(self) -> None:
         """Say, after 2 s and then every 30 s, that the broker does not answer."""
+        if self.rate:  # nothing was owed before the oldest one's time
+            self.answered = max(self.answered, self.started + self.sent / self.rate)
         quiet = self.clock() - self.answered
         if quiet >= 2 and self.clock() - self.said >= 30:
             self.said = self.clock()
