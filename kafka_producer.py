@@ -274,8 +274,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         flags = {"MESSAGES_PER_SECOND": args.rate, "RANDOM_SEED": args.seed}
         settings = Settings.from_env(environment(flags), required="CSV_PATH")
         setup_logging(settings)
-        rows = read_rows(settings.csv_path, settings.kafka_key_column)
         stop = Stop()
+        rows = read_rows(settings.csv_path, settings.kafka_key_column)
         check_kafka(settings)
         rate = settings.messages_per_second
         linger = 0 if 0 < rate <= EACH else 5
