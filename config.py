@@ -571,17 +571,13 @@ def check_kafka(settings: Settings) -> None:
     """
     servers = settings.kafka_bootstrap_servers
     where = f"KAFKA_BOOTSTRAP_SERVERS={','.join(servers)}"
+    silent = (
+        f"{where}: the broker took the connection and did not answer; is it Kafka, and"
+        f" KAFKA_SECURITY_PROTOCOL={settings.kafka_security_protocol}, and are the user and"
+        " password right?"
+    )
     last = _LastError()
-    with (
-        within(
-            11,
-            f"{where}: the broker took the connection and did not answer; is it Kafka, and"
-            f" KAFKA_SECURITY_PROTOCOL={settings.kafka_security_protocol}, and are the user and"
-            " password right?",
-            last.said,
-        ),
-        last,
-    ):
+    with within(11, silent, last.said), last:
         problems = []
         for server in servers:
             host, _, port = server.rpartition(":")
@@ -600,6 +596,8 @@ def check_kafka(settings: Settings) -> None:
             client.close()
         except (KafkaError, OSError, ValueError, AssertionError) as error:
             raise Failure(f"{where}: {type(error).__name__}: {error}{last.said()}") from None
+        if all(str(broker.nodeId).startswith("bootstrap") for broker in brokers):
+            raise Failure(silent + last.said())  # no metadata came: it hung up each time
         if not partitions:
             raise Failure(
                 f"KAFKA_TOPIC={settings.kafka_topic}: the topic does not exist on {servers[0]}, or"
