@@ -433,7 +433,7 @@ class Uploader:
             # The client refuses a message with neither key nor value.
             key=b"" if record.key is None and record.value is None else record.key,
             headers=[
-                *record.headers,
+                *((name, text or b"") for name, text in record.headers),  # it refuses null too
                 ("error.reason", reason.encode()),
                 ("source.topic", record.topic.encode()),
                 ("source.partition", str(record.partition).encode()),
@@ -442,9 +442,10 @@ class Uploader:
         )
         try:
             future.get(timeout=PATIENCE)
-        finally:
-            if not future.is_done:
+        except KafkaError:
+            if not future.failed():
                 self.letters[where] = future  # under way: wait for it, do not send it twice
+            raise
 
 
 _KNOWN = (S3Error, BotoCoreError, ClientError, OSError, KafkaError)  # no traceback for these
@@ -546,14 +547,14 @@ class Sink(ConsumerRebalanceListener):
             if at < begins[tp]:
                 text = "LOST: retention removed offsets %d to %d of %s/%d before they were written"
                 log.error(text, at, begins[tp] - 1, *tp)
+                self.partitions[tp].next = begins[tp]  # what was taken before is still in hand
             else:
                 text = (
                     "position %d is beyond the end (%d) of %s/%d: the topic was cut or made anew;"
                     " beginning again at %d, no object is overwritten"
                 )
                 log.error(text, at, ends[tp], *tp, begins[tp])
-            self.partitions[tp].revoked = True
-            self.partitions[tp] = Partition(begins[tp])
+                self.partitions[tp] = Partition(begins[tp])
         self.rewind()
 
     def rewind(self) -> None:
@@ -597,7 +598,7 @@ class Sink(ConsumerRebalanceListener):
         if isinstance(outcome, Exception):
             self.failure = self.failure or outcome
             return
-        if outcome == "revoked":
+        if partition.revoked:  # another assignment of it books this record again
             return
         partition.open.pop(record.offset, None)
         self.stats.last_success = time.time()
@@ -937,7 +938,7 @@ def check_bucket(bucket: Bucket) -> bool:
     with within(10, f"{where}: no answer within 10 s; is the address right, is the server up?"):
         try:
             names, listed = call(bucket.open()), True
-        except (ClientError, BotoCoreError, OSError) as error:
+        except (ClientError, BotoCoreError, OSError, ValueError) as error:  # the last: bad address
             if code_of(error) != "AccessDenied":
                 raise Failure(f"{where}: {explain(error)}") from None
             names, listed = [], False
