@@ -139,11 +139,9 @@ def test_a_wrong_password_is_one_line_that_does_not_repeat_it(
     env = {**env, **secured.settings("SASL_PLAINTEXT", mechanism), **wrong}
     script = run(script, env=env)
     assert script.wait(timeout=15) == 1
-    errors = [line for line in script.lines("stderr") if " ERROR " in line]
-    assert len(errors) == 1, script.stderr
-    assert "KAFKA_SASL" in errors[0] or "authenti" in errors[0].lower()
+    assert len(script.lines("stderr")) == 1, script.stderr
+    assert "password" in script.stderr
     assert "wrong-pa55word" not in script.stderr
-    assert "Traceback" not in script.stderr
 
 
 @pytest.mark.parametrize("script", ["kafka_consumer.py", "kafka_producer.py"])
@@ -169,9 +167,8 @@ def test_a_wrong_protocol_or_authority_is_one_line(run, env, secured, own_topic,
     }[mistake]
     script = run(script, env={**env, **settings})
     assert script.wait(timeout=15) == 1
-    errors = [line for line in script.lines("stderr") if " ERROR " in line]
-    assert len(errors) == 1, script.stderr
-    assert "Traceback" not in script.stderr
+    assert len(script.lines("stderr")) == 1, script.stderr
+    assert "KAFKA_SECURITY_PROTOCOL=" in script.stderr
 
 
 def controls(text: str) -> set[str]:
