@@ -1,0 +1,646 @@
+"""Settings, `.env`, logging and stopping: what both scripts share."""
+
+import dataclasses
+import io
+import json
+import logging
+import math
+import os
+import re
+import signal
+import string
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import config
+import kafka_consumer
+import kafka_producer
+from config import Durations, Settings, SettingsError, environment, records, setup_logging, status
+
+HERE = Path(config.__file__).parent
+ROWS = HERE / "tests/data/indexProcessed.csv"
+
+
+def made(required="", **environ):
+    return Settings.from_env(environ, required=required)
+
+
+def problems(required="", **environ):
+    """The problem lines, by setting."""
+    with pytest.raises(SettingsError) as caught:
+        made(required, **environ)
+    assert all("\n" not in line and line.isprintable() for line in caught.value.args)
+    return {re.match("[A-Z0-9_]+", line)[0]: line for line in caught.value.args}
+
+
+# -------------------------------------------------------------------------------------- settings
+
+
+def test_every_setting_has_the_default_of_the_contract():
+    assert dataclasses.asdict(made()) == {
+        "kafka_bootstrap_servers": ("localhost:9092",),
+        "kafka_topic": "test",
+        "kafka_group_id": "python-consumer-group",
+        "kafka_auto_offset_reset": "latest",
+        "kafka_api_version": (2, 8, 1),
+        "kafka_request_timeout_ms": 30_000,
+        "kafka_security_protocol": "PLAINTEXT",
+        "kafka_sasl_mechanism": "",
+        "kafka_sasl_username": "",
+        "kafka_sasl_password": "",
+        "kafka_ssl_cafile": "",
+        "kafka_dlq_topic": "error_topic",
+        "kafka_key_column": "",
+        "kafka_compression_type": "",
+        "csv_path": HERE / "indexProcessed.csv",
+        "messages_per_second": 1.0,
+        "random_seed": None,
+        "s3_bucket": None,
+        "s3_prefix": "",
+        "s3_endpoint_url": None,
+        "s3_max_concurrency": 64,
+        "log_level": "INFO",
+        "log_format": "text",
+        "metrics_port": None,
+    }
+
+
+def test_the_example_file_names_every_setting_once_and_is_valid():
+    lines = (HERE / ".env.example").read_text(encoding="utf-8").splitlines()
+    pairs = [line.split("=", 1) for line in lines if line and not line.startswith("#")]
+    names = [name for name, _ in pairs]
+    assert len(names) == len(set(names))
+    assert {name for name in names if not name.startswith("AWS_")} == {
+        field.name.upper() for field in dataclasses.fields(Settings)
+    }
+    for required in ("CSV_PATH", "S3_BUCKET"):
+        made(required, **dict(pairs))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("KAFKA_BOOTSTRAP_SERVERS", "a:1, b.c-d_e:65535", ("a:1", "b.c-d_e:65535")),
+        ("KAFKA_BOOTSTRAP_SERVERS", "[::1]:9092", ("[::1]:9092",)),
+        ("KAFKA_TOPIC", "a.b_C-9", "a.b_C-9"),
+        ("KAFKA_GROUP_ID", "a group", "a group"),
+        ("KAFKA_AUTO_OFFSET_RESET", "earliest", "earliest"),
+        ("KAFKA_API_VERSION", "", None),
+        ("KAFKA_API_VERSION", "2.6", (2, 6)),
+        ("KAFKA_REQUEST_TIMEOUT_MS", "1000", 1000),
+        ("KAFKA_KEY_COLUMN", "Adj Close", "Adj Close"),
+        ("KAFKA_COMPRESSION_TYPE", "gzip", "gzip"),
+        ("CSV_PATH", "a/b.csv", HERE / "a/b.csv"),
+        ("CSV_PATH", str(ROWS), ROWS),
+        ("CSV_PATH", "~/b.csv", Path.home() / "b.csv"),
+        ("MESSAGES_PER_SECOND", "0", 0.0),
+        ("MESSAGES_PER_SECOND", "0.25", 0.25),
+        ("MESSAGES_PER_SECOND", "1e5", 100_000.0),
+        ("RANDOM_SEED", "-7", -7),
+        ("RANDOM_SEED", "0", 0),
+        ("S3_BUCKET", "my.bucket-1", "my.bucket-1"),
+        ("S3_PREFIX", "raw/2026/", "raw/2026/"),
+        ("S3_PREFIX", "ünïcode ~'()/", "ünïcode ~'()/"),
+        ("S3_ENDPOINT_URL", "https://minio.local:9000/", "https://minio.local:9000/"),
+        ("S3_MAX_CONCURRENCY", "1", 1),
+        ("LOG_LEVEL", "DEBUG", "DEBUG"),
+        ("LOG_FORMAT", "json", "json"),
+        ("METRICS_PORT", "9100", 9100),
+    ],
+)
+def test_a_setting_is_read_as(name, text, value):
+    assert getattr(made(**{name: text}), name.lower()) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "texts"),
+    [
+        (
+            "KAFKA_BOOTSTRAP_SERVERS",
+            "|host|host:|:9092|host:99999|host:0|host:x|a:1,|a:1 b:2|[::1:9092|[zz]:9092|::1:9092"
+            f"|a..b:9092|{'x' * 64}:9092|u@h:1|kafka://host:9092|host:9092/".split("|"),
+        ),
+        ("KAFKA_TOPIC", ["", ".", "..", "a b", "a/b", "ü", "x" * 250, "a\n"]),
+        ("KAFKA_GROUP_ID", ["", " "]),
+        ("KAFKA_AUTO_OFFSET_RESET", ["", "none", "Latest"]),
+        ("KAFKA_API_VERSION", ["2", "two", "2.8.1.0", "2.8.x", "2." + "9" * 5000]),
+        ("KAFKA_REQUEST_TIMEOUT_MS", ["", "0", "1e4", "-1", "540000", "9" * 5000]),
+        ("KAFKA_SECURITY_PROTOCOL", ["", "TLS", "ssl"]),
+        ("KAFKA_SASL_MECHANISM", ["GSSAPI", "plain"]),
+        ("KAFKA_SSL_CAFILE", ["/no/such/file", "/", "x" * 5000]),
+        ("KAFKA_DLQ_TOPIC", ["", "a b", "test"]),
+        ("KAFKA_COMPRESSION_TYPE", ["zip", "GZIP"]),
+        ("MESSAGES_PER_SECOND", ["", "fast", "-1", "-0.1", "nan", "inf", "1e999", "1,5"]),
+        ("RANDOM_SEED", ["x", "1.5"]),
+        (
+            "S3_BUCKET",
+            ["s3://bucket", "bucket/", "a/b", "ab", "-ab", "ab-", "a b", "ü" * 3, "x" * 256],
+        ),
+        ("S3_PREFIX", ["/a", "a//b", "../", "./", "a/../b", "a\\b", "a\nb", "a\x1b", "x" * 901]),
+        ("S3_ENDPOINT_URL", ["localhost:9000", "ftp://h", "http://", "http://[", "http://h:99999"]),
+        ("S3_MAX_CONCURRENCY", ["0", "-1", "x", "10001"]),
+        ("LOG_LEVEL", ["", "info", "TRACE"]),
+        ("LOG_FORMAT", ["", "JSON"]),
+        ("METRICS_PORT", ["0", "65536", "x", "9100.0"]),
+    ],
+)
+def test_a_wrong_setting_is_named_with_its_value_and_what_would_be_right(name, texts):
+    for text in texts:
+        found = problems(**{name: text})
+        assert list(found) == [name], text
+        shown, remedy = found[name].removeprefix(f"{name}=").split(": ", 1)
+        assert shown == repr(text)
+        assert remedy
+
+
+def test_text_that_is_not_utf8_is_named_without_its_value():
+    for field in dataclasses.fields(Settings):
+        name = field.name.upper()
+        assert "secret" not in problems(**{name: "secret\udcff"})[name]
+
+
+def test_every_problem_is_reported_at_once():
+    found = problems(
+        "S3_BUCKET",
+        KAFKA_BOOTSTRAP_SERVERS="host",
+        KAFKA_AUTO_OFFSET_RESET="never",
+        MESSAGES_PER_SECOND="fast",
+        S3_PREFIX="/",
+        LOG_FORMAT="xml",
+        KAFKA_SECURITY_PROTOCOL="SASL_SSL",
+        KAFKA_SSL_CAFILE="/no/such/file",
+    )
+    assert set(found) == {
+        "KAFKA_BOOTSTRAP_SERVERS",
+        "KAFKA_AUTO_OFFSET_RESET",
+        "MESSAGES_PER_SECOND",
+        "S3_PREFIX",
+        "LOG_FORMAT",
+        "S3_BUCKET",
+        "KAFKA_SSL_CAFILE",
+        "KAFKA_SASL_MECHANISM",
+        "KAFKA_SASL_USERNAME",
+        "KAFKA_SASL_PASSWORD",
+    }
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from([field.name.upper() for field in dataclasses.fields(Settings)]),
+        st.text() | st.text(string.printable) | st.integers().map(str) | st.floats().map(str),
+    )
+)
+def test_any_settings_are_either_taken_or_refused_in_lines(environ):
+    try:
+        made("S3_BUCKET", **environ)
+    except SettingsError as error:
+        assert error.args
+        assert all(line.isprintable() for line in error.args)
+
+
+def test_each_script_needs_what_it_works_on():
+    assert "not set" in problems("S3_BUCKET")["S3_BUCKET"]
+    assert made("S3_BUCKET", S3_BUCKET="abc").s3_bucket == "abc"
+    assert "no such file" in problems("CSV_PATH", CSV_PATH="nowhere.csv")["CSV_PATH"]
+    assert "no such file" in problems("CSV_PATH", CSV_PATH="~no-such-user/x")["CSV_PATH"]
+    assert "no such file" in problems("CSV_PATH", CSV_PATH="x" * 5000)["CSV_PATH"]
+    assert made("CSV_PATH", CSV_PATH=str(ROWS)).csv_path == ROWS
+
+
+def test_sasl_needs_mechanism_user_and_password():
+    sasl = {"KAFKA_SECURITY_PROTOCOL": "SASL_PLAINTEXT"}
+    assert set(problems(**sasl)) == {
+        "KAFKA_SASL_MECHANISM",
+        "KAFKA_SASL_USERNAME",
+        "KAFKA_SASL_PASSWORD",
+    }
+    sasl |= {"KAFKA_SASL_MECHANISM": "SCRAM-SHA-512", "KAFKA_SASL_USERNAME": "me"}
+    assert set(problems(**sasl)) == {"KAFKA_SASL_PASSWORD"}
+    options = made(**sasl, KAFKA_SASL_PASSWORD="pa ss").kafka()
+    assert options["security_protocol"] == "SASL_PLAINTEXT"
+    assert options["sasl_mechanism"] == "SCRAM-SHA-512"
+    assert (options["sasl_plain_username"], options["sasl_plain_password"]) == ("me", "pa ss")
+
+
+def test_the_password_is_in_no_repr_and_no_problem():
+    environ = {"KAFKA_SASL_PASSWORD": "hunter2", "KAFKA_SASL_USERNAME": "me"}
+    assert "hunter2" not in repr(made(**environ))
+    assert "hunter2" not in str(made(**environ))
+    for wrong in ({"KAFKA_TOPIC": ""}, {"KAFKA_SECURITY_PROTOCOL": "SASL_SSL"}):
+        assert "hunter2" not in "".join(problems(**environ, **wrong).values())
+
+
+def test_settings_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made().kafka_topic = "other"
+
+
+# ------------------------------------------------------------------------------------------ .env
+
+
+@pytest.fixture
+def dotenv(tmp_path, monkeypatch):
+    """Writes a `.env` file and reads it; the process's environment is its own."""
+    monkeypatch.setattr(os, "environ", {"HOME": "/home/me"})
+
+    def read(content, flags=None):
+        file = tmp_path / ".env"
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return environment(flags or {}, file)
+
+    return read
+
+
+def test_without_a_file_the_environment_is_enough(dotenv, tmp_path):
+    assert environment({}, tmp_path / "missing") == dict(os.environ)
+
+
+def test_the_file_fills_what_the_environment_leaves_unset(dotenv):
+    os.environ["KAFKA_TOPIC"] = "mine"
+    os.environ["S3_PREFIX"] = ""
+    found = dotenv("KAFKA_TOPIC=file\nS3_PREFIX=file/\nS3_BUCKET=file\n")
+    assert (found["KAFKA_TOPIC"], found["S3_PREFIX"], found["S3_BUCKET"]) == ("mine", "", "file")
+
+
+def test_flags_win_over_the_environment_and_the_file(dotenv):
+    os.environ["RANDOM_SEED"] = "1"
+    found = dotenv(
+        "RANDOM_SEED=2\nMESSAGES_PER_SECOND=3", {"RANDOM_SEED": "0", "MESSAGES_PER_SECOND": None}
+    )
+    assert (found["RANDOM_SEED"], found["MESSAGES_PER_SECOND"]) == ("0", "3")
+
+
+def test_names_of_other_libraries_reach_the_process(dotenv):
+    dotenv("AWS_ACCESS_KEY_ID=AK\nexport AWS_PROFILE='p q'\n")
+    assert os.environ["AWS_ACCESS_KEY_ID"] == "AK"
+    assert os.environ["AWS_PROFILE"] == "p q"
+
+
+def test_values_are_taken_as_they_stand(dotenv):
+    found = dotenv("A=${HOME}\nB='$HOME'\nC=\"x y\" # comment\nD=p#q=r\nE=\n")
+    assert [found[name] for name in "ABCDE"] == ["${HOME}", "$HOME", "x y", "p#q=r", ""]
+
+
+def test_of_two_lines_with_a_name_the_last_counts(dotenv):
+    assert dotenv("A=1\nB=2\nA=3\n")["A"] == "3"
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_a_byte_order_mark_and_windows_line_ends_do_no_harm(dotenv, newline):
+    found = dotenv(newline.join(["\ufeffKAFKA_TOPIC=a", "", "S3_BUCKET=b", ""]))
+    assert (found["KAFKA_TOPIC"], found["S3_BUCKET"]) == ("a", "b")
+
+
+def test_bad_lines_are_named_by_number_and_never_shown(dotenv):
+    with pytest.raises(SettingsError) as caught:
+        dotenv("A=1\n\n# note\n\nsecret key\nB=2\nSECRET\nC='secret\nD=4\n")
+    lines = [re.search(r"line (\d+): must be NAME=value$", line)[1] for line in caught.value.args]
+    assert lines == ["5", "7", "8"]
+    assert "secret" not in "".join(caught.value.args).lower()
+    assert not {"A", "B", "D"} & set(os.environ)
+
+
+@pytest.mark.parametrize("content", [b"A=\xff", "A=1".encode("utf-16"), b"A=1\0"])
+def test_a_file_that_is_no_text_is_an_error_in_one_line(dotenv, content):
+    with pytest.raises(SettingsError, match=r"\.env.* (cannot be read|must be)") as caught:
+        dotenv(content)
+    assert len(caught.value.args) == 1
+
+
+# --------------------------------------------------------------------------------------- logging
+
+
+class Terminal(io.TextIOWrapper):
+    """A stream that says it is a terminal, or not, and keeps what it is given."""
+
+    def __init__(self, *, tty=True, encoding="utf-8"):
+        super().__init__(io.BytesIO(), encoding=encoding, write_through=True)
+        self.tty = tty
+
+    def isatty(self):
+        return self.tty
+
+    def said(self):
+        return self.buffer.getvalue().decode(self.encoding)
+
+
+@pytest.fixture
+def logs(monkeypatch):
+    """Starts logging as a script does; returns what goes to stdout and stderr."""
+    root, before = logging.getLogger(), dict(logging.root.manager.loggerDict)
+    levels = {
+        each: (each.level, each.propagate)
+        for each in [root, *before.values()]
+        if isinstance(each, logging.Logger)
+    }
+    monkeypatch.setattr(config._Stream, "status", "")
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+
+    def start(*, tty=False, encoding="utf-8", **environ):
+        out, err = (Terminal(tty=tty, encoding=encoding) for _ in range(2))
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setattr(sys, "stderr", err)
+        root.handlers.clear()  # pytest's own of this test, else basicConfig does nothing
+        setup_logging(made(**environ))
+        return out, err
+
+    yield start
+    for each in (root, records):
+        for handler in each.handlers[:]:
+            if isinstance(handler, config._Stream):
+                each.removeHandler(handler)
+    for each, (level, propagate) in levels.items():
+        each.setLevel(level)
+        each.propagate = propagate
+
+
+log = logging.getLogger("a.script")
+ABOUT = {"topic": "test", "partition": 0, "offset": 7, "key": "HSI"}
+
+
+def test_records_go_to_stdout_and_all_else_to_stderr(logs):
+    out, err = logs()
+    records.info("   Content: %s", "{}")
+    log.info("hello %d", 1)
+    log.debug("too much")
+    assert out.said() == "   Content: {}\n"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d INFO hello 1\n", err.said())
+
+
+def test_the_level_is_for_stderr_and_never_hides_records(logs):
+    out, err = logs(LOG_LEVEL="ERROR")
+    records.info("record")
+    log.warning("hidden")
+    log.error("shown")
+    assert out.said() == "record\n"
+    assert err.said().endswith(" ERROR shown\n") and "hidden" not in err.said()
+
+
+def test_as_json_each_line_on_both_streams_is_one_object_with_the_documented_names(logs):
+    out, err = logs(LOG_FORMAT="json")
+    records.info("Upload: %s", "a\nb\x1b[31m", extra=ABOUT)
+    log.warning("careful")
+    try:
+        raise ValueError("why\nnot")
+    except ValueError:
+        log.exception("failed")
+    lines = [json.loads(line) for line in (out.said() + err.said()).splitlines()]
+    assert [line["message"] for line in lines] == ["Upload: a\nb\x1b[31m", "careful", "failed"]
+    assert lines[0].items() >= (ABOUT | {"level": "INFO", "logger": "records"}).items()
+    assert set(lines[1]) == {"time", "level", "logger", "message"}
+    assert (lines[1]["level"], lines[1]["logger"]) == ("WARNING", "a.script")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", lines[1]["time"])
+    assert "ValueError: why\nnot" in lines[2]["exception"]
+    moment = time.strptime(lines[1]["time"][:19], "%Y-%m-%dT%H:%M:%S")
+    assert abs(time.time() - (time.mktime(moment) - time.timezone)) < 5000  # UTC, not local
+
+
+@pytest.mark.parametrize("format", ["text", "json"])
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252"])
+def test_a_record_cannot_break_out_of_its_line_or_reach_the_terminal(logs, format, encoding):
+    out, err = logs(LOG_FORMAT=format, encoding=encoding)
+    nasty = "ü€\x1b]0;x\x07\r\n\x85\u2028\u202e\x7f\x9b\udcff"
+    records.info("   Content: %s", nasty)
+    log.warning("key %s", nasty)
+    for stream in (out, err):
+        assert stream.said().count("\n") == 1
+        assert len(stream.said().splitlines()) == 1
+        assert stream.said().rstrip("\n").isprintable()
+    if format == "json":
+        assert json.loads(out.said())["message"] == f"   Content: {nasty}"
+    elif encoding != "ascii":
+        assert "ü€" in out.said()
+
+
+@given(st.text())
+def test_printable_text_stays_and_all_else_is_escaped(text):
+    assert config.printable(text).isprintable()
+    if text.isprintable():
+        assert config.printable(text) == text
+
+
+def test_the_kafka_client_says_one_line_in_30_seconds_without_its_traceback(logs):
+    _, err = logs()
+    client = logging.getLogger("kafka.conn")
+    for at in (1000, 1001, 1029, 1030.5):
+        record = client.makeRecord(
+            "kafka.conn", logging.ERROR, "f", 1, "attempt at %s", (at,), _error()
+        )
+        record.created = at
+        client.handle(record)
+    log.error("ours")
+    log.error("ours")
+    lines = err.said().splitlines()
+    assert [line.split("ERROR ")[1] for line in lines] == [
+        "attempt at 1000",
+        "attempt at 1030.5",
+        "ours",
+        "ours",
+    ]
+
+
+def _error():
+    try:
+        raise OSError("deep in the client")
+    except OSError:
+        return sys.exc_info()
+
+
+def test_libraries_that_say_secrets_at_debug_are_not_heard(logs):
+    _, err = logs(LOG_LEVEL="DEBUG")
+    for name in ("botocore.auth", "aiobotocore.x", "s3fs", "fsspec", "kafka.conn", "asyncio"):
+        logging.getLogger(name).debug("secret")
+        logging.getLogger(name).info("secret")
+    log.debug("ours")
+    assert "secret" not in err.said() and "ours" in err.said()
+
+
+def test_on_a_pipe_the_status_is_a_plain_line(logs):
+    out, err = logs()
+    status(log, "written %d", 5)
+    assert err.said().endswith(" INFO written 5\n")
+    assert "\x1b" not in err.said() + out.said()
+
+
+def test_on_a_terminal_the_status_stays_below_the_lines_and_is_replaced(logs):
+    out, err = logs(tty=True)
+    status(log, "sent %d", 1)
+    records.info("a record")
+    status(log, "sent %d", 2)
+    log.info("a line")
+    first, second = re.findall(r"\d{4}-\S+ \S+ INFO sent \d", err.said())[:2]
+    assert err.said().startswith(f"\r\x1b[K{first}\r\x1b[K{second}\r\x1b[K")
+    assert out.said() == f"\r\x1b[Ka record\n{first}"
+    assert err.said().endswith(f"INFO a line\n{second}")
+
+
+def test_on_a_terminal_the_status_fits_on_one_line_and_the_end_leaves_it(logs):
+    _, err = logs(tty=True)
+    status(log, "x" * 500)
+    assert len(err.said().removeprefix("\r\x1b[K")) == 39
+    for handler in logging.root.handlers:
+        handler.close()
+    assert err.said().endswith("x\n")
+
+
+def test_colour_is_for_terminals_alone(logs, monkeypatch):
+    _, err = logs(tty=True)
+    log.warning("careful")
+    log.error("wrong")
+    log.info("plain")
+    assert re.search(r"\x1b\[33m[^\x1b]*careful\x1b\[0m", err.said())
+    assert re.search(r"\x1b\[31m[^\x1b]*wrong\x1b\[0m", err.said())
+    assert not re.search(r"\dm[^\n]*plain", err.said())
+
+
+@pytest.mark.parametrize(
+    ("tty", "environ", "names"),
+    [
+        (True, {"NO_COLOR": "1"}, {}),
+        (True, {"TERM": "dumb"}, {}),
+        (True, {}, {"LOG_FORMAT": "json"}),
+        (False, {}, {}),
+    ],
+)
+def test_without_colour(logs, monkeypatch, tty, environ, names):
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    _, err = logs(tty=tty, **names)
+    log.error("wrong")
+    assert not re.search(r"\x1b\[\d+m", err.said())
+
+
+def test_a_reader_who_leaves_stops_the_script_as_sigterm_does(tmp_path):
+    # A process of its own: the signal is real. `| head` closes the pipe while lines are written.
+    code = """
+import logging, sys, config
+config.setup_logging(config.Settings.from_env({}, required=""))
+stop = config.Stop()
+sys.stderr.write("ready\\n")
+sys.stdin.read()
+config.records.info("first")
+config.records.info("second")
+logging.getLogger("x").info("third")
+print(stop.requested, file=open(sys.argv[1], "w"))
+"""
+    answer = tmp_path / "answer"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(answer)],
+        cwd=HERE,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stderr.readline() == b"ready\n"
+        for stream in (process.stdout, process.stderr, process.stdin):
+            stream.close()
+        assert process.wait(20) == 0  # not by the signal, which a second one would do
+    assert answer.read_text() == "True\n"
+
+
+def test_a_full_disk_under_the_log_is_no_reason_to_stop(logs, monkeypatch):
+    _, err = logs()
+
+    def full(text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(err, "write", full)
+    log.info("lost")
+
+
+# ------------------------------------------------------------------- starting, stopping, counting
+
+
+@pytest.fixture
+def signals():
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for each, handler in before.items():
+        signal.signal(each, handler)
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_asks_and_any_second_one_ends(signals, first):
+    class Unwatched(config.Stop):
+        def _watch(self):
+            """Ends the process, and this one runs the other tests."""
+
+    stop = Unwatched()
+    assert not stop.requested
+    signal.raise_signal(first)
+    assert stop.requested
+    assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "x", "", "1.5", "9" * 5000])
+def test_a_count_is_a_whole_number_of_at_least_one(text):
+    with pytest.raises(Exception, match="must be a whole number, at least 1"):
+        config.positive(text)
+    assert config.positive("1") == 1
+
+
+def test_durations_are_counted_in_buckets_that_cover_everything():
+    durations = Durations()
+    for seconds in (0, 0.005, 0.0051, 10, 10.1, math.inf):
+        durations.add(seconds)
+    assert durations.counts[0] == 2 and durations.counts[1] == 1
+    assert durations.counts[-2:] == [1, 2]
+    assert sum(durations.counts) == 6
+
+
+def test_importing_the_scripts_starts_nothing():
+    code = (
+        "import os, threading; before = dict(os.environ)\n"
+        "import config, kafka_producer, kafka_consumer, logging, signal\n"
+        "assert threading.active_count() == 1, threading.enumerate()\n"
+        "assert dict(os.environ) == before\n"
+        "assert not logging.root.handlers\n"
+        "assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True, timeout=60)
+
+
+@pytest.mark.parametrize("main", [kafka_producer.main, kafka_consumer.main])
+def test_wrong_settings_and_usage_end_a_script_with_2_before_anything_is_contacted(
+    main, capsys, monkeypatch
+):
+    # Nothing answers at this address: had it been contacted, the code would be 1.
+    wrong = {"KAFKA_TOPIC": "a b", "LOG_LEVEL": "loud", "CSV_PATH": "/", "S3_BUCKET": "s3://b"}
+    monkeypatch.setattr(os, "environ", wrong | {"KAFKA_BOOTSTRAP_SERVERS": "192.0.2.1:9092"})
+    assert main([]) == 2
+    said = capsys.readouterr()
+    lines = [line.partition("=")[0] for line in said.err.splitlines()]
+    assert (said.out, lines) == ("", ["KAFKA_TOPIC", "S3_BUCKET", "LOG_LEVEL"])
+    for flag in ("--no-such-flag", "--max-messages=0"):
+        with pytest.raises(SystemExit) as ended:
+            main([flag])
+        assert ended.value.code == 2
+        assert flag.split("=")[0] in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    assert "--max-messages" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closed descriptors are a thing of POSIX shells")
+def test_closed_standard_streams_do_no_harm():
+    command = f"exec {sys.executable} -c '{CLOSED}' <&- >&- 2>&-"
+    done = subprocess.run(["sh", "-c", command], cwd=HERE, timeout=60)
+    assert done.returncode == 7
+
+
+CLOSED = """
+import logging, sys, config
+config.setup_logging(config.Settings.from_env({}, required=""))
+config.records.info("record")
+logging.error("line")
+sys.exit(7 if sys.stderr.isatty() is False else 1)
+"""
