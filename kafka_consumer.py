@@ -23,6 +23,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import md5
 from typing import Any
@@ -667,7 +668,11 @@ class Sink(ConsumerRebalanceListener):
         return any(partition.open for partition in self.partitions.values())
 
     def lag(self) -> dict[int, int]:
+        """Records not yet done, by partition."""
         ends = {tp: self.consumer.highwater(tp) for tp in self.partitions}
+        if self.stats.holding and ends:  # nothing is fetched, which would tell the end: ask
+            with suppress(KafkaError):
+                ends = self.consumer.end_offsets(list(ends))
         return {
             tp.partition: max(0, (ends[tp] or 0) - p.done()) for tp, p in self.partitions.items()
         }
