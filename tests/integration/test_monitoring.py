@@ -161,6 +161,8 @@ def test_each_alert_fires_when_its_cause_is_there_and_ends_with_it(
     faulty.fail("403")
     until(lambda: "ConsumerHolding" in prometheus.firing(), what="ConsumerHolding")
     assert "AccessDenied" in prometheus.firing()["ConsumerHolding"]
+    # More than the consumer takes at once: the lag is the topic's, also while nothing is fetched.
+    until(lambda: prometheus.values("sum(kafka_s3_lag_records) > 500"), what="lag")
     fired: set[str] = set()
     until(
         lambda: fired.update(prometheus.firing()) or {"LagGrowing", "NothingWritten"} <= fired,
