@@ -80,9 +80,8 @@ def read_rows(path: Path, key_column: str = "") -> list[Row]:
     except (OSError, ValueError) as error:  # pandas' and Unicode's errors are ValueErrors
         raise SettingsError(f"{where} cannot be read as CSV: {str(error).strip()}") from None
     if key_column and key_column not in frame.columns:
-        raise SettingsError(
-            f"KAFKA_KEY_COLUMN={key_column!r}: {where} has only {', '.join(frame.columns)}"
-        )
+        there = ", ".join(map(repr, frame.columns))
+        raise SettingsError(f"KAFKA_KEY_COLUMN={key_column!r}: {where} has only {there}")
     total = len(frame)
     frame = frame.dropna(how="all")
     if dropped := total - len(frame):

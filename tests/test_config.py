@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import config
@@ -190,6 +190,7 @@ def test_every_problem_is_reported_at_once():
     }
 
 
+@settings(deadline=None)
 @given(
     st.dictionaries(
         st.sampled_from([field.name.upper() for field in dataclasses.fields(Settings)]),
@@ -420,6 +421,7 @@ def test_a_record_cannot_break_out_of_its_line_or_reach_the_terminal(logs, forma
         assert "ü€" in out.said()
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_printable_text_stays_and_all_else_is_escaped(text):
     assert config.printable(text).isprintable()
