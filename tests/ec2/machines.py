@@ -1,14 +1,15 @@
 """Machines for tests of infra/: network namespaces with disks and processes of their own.
 
-Each is held by a process that ends when the test does, however it does, and takes everything with it:
-nothing is mounted, installed or configured on the machine that runs the tests.
+Each is held by a process that ends when the test does, however it does, and takes everything with
+it: nothing is mounted, installed or configured on the machine that runs the tests.
 
 The network is Amazon's in small, with addresses for documentation (RFC 5737) as the public ones:
 
-    laptop 198.51.100.20 --- internet --- 198.51.100.1 router 10.0.0.1 --- vpc --- instances 10.0.0.x
+    laptop 198.51.100.20 -- internet -- 198.51.100.1 router 10.0.0.1 -- vpc -- 10.0.0.x instances
 
 The router gives each instance its public address by 1:1 NAT, holds the metadata service, and is the
-security group: from outside only the laptop gets in, and only to port 9092; instances reach each other.
+security group: from outside only the laptop gets in, and only to port 9092; instances reach each
+other.
 """
 
 import contextlib
@@ -62,7 +63,11 @@ class Machine:
 
     def start(self, *command: str) -> subprocess.Popen[bytes]:
         """A process there, for as long as this one lives."""
-        return subprocess.Popen([*self.enter, "setpriv", "--pdeathsig", "KILL", *command])
+        return subprocess.Popen(
+            [*self.enter, "setpriv", "--pdeathsig", "KILL", *command],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
 
     @contextlib.contextmanager
     def here(self) -> Iterator[None]:
@@ -116,8 +121,9 @@ class Instance(Machine):
 
     def power_off(self) -> None:
         """Everything that runs there is gone at once."""
-        os.kill(self.init, signal.SIGKILL)
-        self.power.communicate()
+        if self.power.poll() is None:
+            os.kill(self.init, signal.SIGKILL)
+            self.power.communicate()
 
     def reboot(self) -> None:
         """Lose power, come back, start what is enabled."""
@@ -211,13 +217,14 @@ class Network:
               }}
               chain out {{
                 type nat hook postrouting priority srcnat;
-                snat to ip saddr map {{ {back} }}
+                oifname "internet" snat to ip saddr map {{ {back} }}
               }}
               chain security_group {{
                 type filter hook forward priority filter; policy drop;
                 ct state established,related accept
-                iifname "vpc" oifname "internet" accept
                 ip saddr {LAPTOP} tcp dport 9092 accept
+                ct status dnat drop
+                ip saddr 10.0.0.0/24 accept
               }}
             }}
         """

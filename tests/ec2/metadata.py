@@ -1,7 +1,7 @@
 """Instance metadata service, version 2: tokens by PUT, values only with a token.
 
-Usage: metadata.py FOLDER. FOLDER holds a file for each instance, named by its private address, with its
-public address or nothing inside.
+Usage: metadata.py FOLDER. FOLDER holds a file for each instance, named by its private address,
+with its public address or nothing inside.
 """
 
 import secrets

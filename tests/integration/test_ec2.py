@@ -11,6 +11,8 @@ import json
 import re
 import shutil
 import subprocess
+import sys
+import sysconfig
 import tarfile
 import textwrap
 from collections.abc import Callable, Iterator
@@ -30,7 +32,6 @@ pytestmark = [pytest.mark.root] + [pytest.mark.real] * SCRIPTS.exists()
 SETUP = f"{ROOT}/infra/setup_kafka.sh"
 MIRROR = f"--url http://10.0.0.1:8000/{NAME}.tgz"
 PRIVATE, PUBLIC = "10.0.0.10", "203.0.113.10"
-ENSEMBLE = "10.0.0.11:2181,10.0.0.12:2181,10.0.0.13:2181"
 
 
 def apache_checksum(file: Path) -> str:
@@ -457,7 +458,7 @@ def test_secured_broker_serves_those_with_the_password(
     assert "FAIL" not in instance.sh(f"{SETUP} --check")
     # uninstalled and installed again it still knows its data and its password
     instance.sh(f"{SETUP} --uninstall")
-    assert instance.sh("ls -d /opt/kafka* /etc/systemd/system/*", check=False).count("No such") == 2
+    assert not instance.sh("find /opt /etc/systemd /usr/local/lib -name '*kafka*'")
     instance.sh(f"{SETUP} --secure {MIRROR}")
     assert pair.producer("--max-messages", "5").wait() == 0
     assert len(records_of(pair)) == 10
@@ -498,6 +499,141 @@ def test_secured_broker_refuses_others_with_one_line(
     assert secured[1]["KAFKA_SASL_PASSWORD"] not in refused.stderr
 
 
+# --- README.md, word for word ---
+
+
+def readme(section: str) -> list[tuple[str, str]]:
+    """The commands and settings of one section of infra/README.md: where they belong, and they."""
+    text = (ROOT / "infra" / "README.md").read_text()
+    text = text.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    blocks = re.findall(r"^(?:On|In) ([^\n]*):\n\n```(?:sh|ini)\n(.*?)```", text, re.M | re.S)
+    assert blocks and len(blocks) == len(re.findall("^```(?:sh|ini)$", text, re.M))
+    return blocks
+
+
+def checkout(folder: Path) -> None:
+    """A clone of the project as it stands."""
+    folder.mkdir()
+    script = f"""
+        git -C {ROOT} ls-files -coz --exclude-standard |
+          tar -C {ROOT} --null -T - --ignore-failed-read -c | tar -x
+        git init -q; git add -A
+        git -c user.name=test -c user.email=test@localhost commit -qm "As it stands"
+    """
+    subprocess.run(["bash", "-euc", script], cwd=folder, check=True, stderr=subprocess.DEVNULL)
+
+
+def installed(python: str, packages: str, folder: str) -> str:
+    """Shell commands that make the .venv of a checkout from what is installed here: the machines
+    of the tests have no way to PyPI."""
+    return f"""
+        {python} -m venv --without-pip {folder}/.venv
+        echo {packages} > "$(echo {folder}/.venv/lib/python3*/site-packages)/installed.pth"
+        install -m 755 /dev/null {folder}/.venv/bin/pip
+        touch -d tomorrow {folder}/.venv/.installed-
+    """
+
+
+@pytest.mark.slow
+def test_following_the_readme_gives_a_working_pair(distribution: Path, tmp_path: Path) -> None:
+    network = Network(tmp_path)
+    try:
+        follow_readme(network, distribution, tmp_path)
+    finally:
+        network.close()
+
+
+def follow_readme(network: Network, distribution: Path, tmp_path: Path) -> None:
+    instance = network.instance(PRIVATE, PUBLIC)
+    here, packages = tmp_path / "checkout", sysconfig.get_path("purelib")
+    checkout(here)
+    network.laptop.sh(installed(sys.executable, packages, str(here)))
+    instance.sh(
+        f"""
+        mkdir -p /opt/python /opt/packages /opt/kafka-s3
+        mount --bind {sys.base_prefix} /opt/python
+        mount --bind {packages} /opt/packages
+        {installed("/opt/python/bin/python3", "/opt/packages", "/opt/kafka-s3")}
+        """
+    )
+    with instance.here():
+        instance_s3 = S3(tmp_path / "instance-s3").start()
+        instance_s3.create_bucket("your-bucket")
+    with network.laptop.here():
+        laptop_s3 = S3(tmp_path / "laptop-s3").start()
+        laptop_s3.create_bucket("your-bucket")
+
+    def settings(text: str, s3: S3) -> str:
+        """A .env made from the example by the README's words; S3 is here what Amazon is there."""
+        lines = (here / ".env.example").read_text().splitlines()
+        for line in text.splitlines():
+            name = line.partition("=")[0] + "="
+            assert any(old.startswith(name) for old in lines)
+            lines = [line if old.startswith(name) else old for old in lines]
+        result = "\n".join(line for line in lines if not line.startswith("AWS_"))
+        assert "S3_ENDPOINT_URL=\n" in result
+        result = result.replace("S3_ENDPOINT_URL=\n", f"S3_ENDPOINT_URL={s3.endpoint}\n")
+        keys = f"\nAWS_ACCESS_KEY_ID={s3.access_key}\nAWS_SECRET_ACCESS_KEY={s3.secret_key}\n"
+        return f"{result}{keys}AWS_DEFAULT_REGION={s3.region}\n"
+
+    enter = " ".join([*instance.enter, f"KAFKA_TGZ={distribution}/{NAME}.tgz"])
+
+    def follow(section: str) -> str:
+        said = ""
+        for place, text in readme(section):
+            if "env` " in place:
+                on_laptop = place.endswith("on your machine")
+                env = settings(text, laptop_s3 if on_laptop else instance_s3)
+                if on_laptop:
+                    (here / ".env").write_text(env)
+                else:
+                    instance.sh(f"cat > /opt/kafka-s3/.env <<'END'\n{env}\nEND")
+            elif place.startswith("your machine"):
+                path = f"{ROOT}/tests/ec2/laptop:$PATH"
+                said += network.laptop.sh(
+                    f'cd {here}; export PATH={path} INSTANCE="{enter}"\n{text}'
+                )
+            else:
+                # no archive of Apache's in these namespaces: the machine is behind a mirror
+                mirror = f"export KAFKA_TGZ={distribution}/{NAME}.tgz"
+                said += instance.sh(f"cd; {mirror}\n{text}")
+        return said
+
+    said = follow("One broker")
+    assert said.count("[Sent]") == 5 and said.count("Upload Successfully") == 5
+    assert "FAIL" not in said and "KAFKA_BOOTSTRAP_SERVERS=203.0.113.10:9092" in said
+    assert (here / "user-data.sh").read_text().startswith("#!/bin/bash")
+
+    said = follow("TLS and passwords")
+    lines = re.findall(r"^KAFKA_\w+=.+$", said, re.M)
+    with (here / ".env").open("a") as env:
+        env.write("\n".join(lines) + "\n")
+    run_again = "kafka_producer.py", "kafka_consumer.py", "kafka_consumer.py --audit"
+    for script in run_again:
+        limit = "" if "audit" in script else "--max-messages 5"
+        said = network.laptop.sh(f"cd {here}; .venv/bin/python {script} {limit}")
+    assert "audit: 10 objects" in said
+
+    follow("The pair as services")
+    instance.sh("systemctl is-active kafka-s3@consumer kafka-s3@producer")
+
+    def log() -> str:
+        return instance.sh("journalctl -u kafka-s3@consumer")
+
+    until(lambda: log().count("Upload Successfully") > 3, 30, "uploads by the service")
+    instance.sh("systemctl stop kafka-s3@consumer kafka-s3@producer")
+
+    said = follow("Lag, offsets, replay")
+    assert re.search(r"python-consumer-group +test +0 +\d+ +\d+ +\d+", said), said
+    assert "stock_market_0.json" not in log()
+    instance.sh("systemctl start kafka-s3@consumer")
+    until(lambda: "stock_market_0.json" in log(), 30, "the replay")
+    instance.sh("systemctl stop kafka-s3@consumer")
+    assert "Traceback" not in log()
+    instance_s3.stop()
+    laptop_s3.stop()
+
+
 # --- Three brokers ---
 
 
@@ -507,8 +643,11 @@ def test_three_brokers_lose_nothing_when_the_machine_of_the_leader_dies(
 ) -> None:
     brokers = {n: network.instance(f"10.0.0.1{n}", f"203.0.113.1{n}") for n in (1, 2, 3)}
 
+    lines = {int(place[-1]): line for place, line in readme("Three brokers")}
+
     def setup(n: int) -> str:
-        return brokers[n].sh(f"{SETUP} --broker-id {n} --zookeeper-connect {ENSEMBLE} {MIRROR}")
+        command = lines[n].strip().replace("infra/setup_kafka.sh", SETUP)
+        return brokers[n].sh(f"{command} {MIRROR}")
 
     with ThreadPoolExecutor() as pool:
         outputs = list(pool.map(setup, brokers))
