@@ -29,6 +29,7 @@ from hashlib import md5
 from typing import Any
 from urllib.parse import quote
 
+import aiohttp
 import botocore.handlers
 import fsspec.asyn
 from aiobotocore.session import AioSession
@@ -312,9 +313,9 @@ class Uploader:
     """Workers on the event loop. Each takes a record and gives it up only when it is done, so
     nothing is skipped; `finished` gets (partition, record, outcome)."""
 
-    def __init__(self, settings: Settings, bucket: Bucket, stats: Stats) -> None:
+    def __init__(self, settings: Settings, bucket: Bucket, stats: Stats, loop: Any = None) -> None:
         self.settings, self.bucket, self.stats = settings, bucket, stats
-        self.loop = fsspec.asyn.get_loop()
+        self.loop = loop or fsspec.asyn.get_loop()
         self.finished: queue.SimpleQueue[tuple[Partition, Any, Any]] = queue.SimpleQueue()
         self.waiting: asyncio.Queue[Item] = asyncio.Queue()
         self.answering = asyncio.Event()  # cleared while S3 fails and one record is the probe
@@ -359,7 +360,7 @@ class Uploader:
         return "revoked"
 
     async def attempt(self, record: Any) -> tuple[str, Exception | None]:
-        began = time.monotonic()
+        began = self.loop.time()
         try:
             if reason := flaw(record.value):
                 await asyncio.to_thread(self.bury, record, reason)
@@ -371,13 +372,13 @@ class Uploader:
         except Exception as error:  # of any kind: see promise 4
             self.stats.retries += 1
             return "", error
-        self.stats.upload_seconds.add(time.monotonic() - began)
+        self.stats.upload_seconds.add(self.loop.time() - began)
         return "written" if new else "replayed", None
 
     async def hold(self, partition: Partition, record: Any, error: Exception | None) -> str:
         """Try one record, with growing pauses, until it is done or revoked ("")."""
         self.answering.clear()
-        began = time.monotonic()
+        began = self.loop.time()
         # A failure now and then (SlowDown) makes many short holds: of those that follow one
         # another only one that lasts a second is said.
         said = began - SAY_EVERY + (0 if began - self.answered > 5 else 1)
@@ -387,7 +388,7 @@ class Uploader:
         try:
             while error is not None and not partition.revoked:
                 self.stats.reason = code_of(error)
-                now = time.monotonic()
+                now = self.loop.time()
                 if now - said >= SAY_EVERY:
                     what = f"topic {self.settings.kafka_dlq_topic}" if flaw(record.value) else "S3"
                     log.warning(
@@ -409,7 +410,7 @@ class Uploader:
                 outcome, error = await self.attempt(record)
         finally:
             self.stats.reason = ""
-            self.answered = time.monotonic()
+            self.answered = self.loop.time()
             self.answering.set()
         if outcome and said >= began:
             log.warning("%s answers again after %.1f s", what, self.answered - began, extra=about)
@@ -449,7 +450,8 @@ class Uploader:
             raise
 
 
-_KNOWN = (S3Error, BotoCoreError, ClientError, OSError, KafkaError)  # no traceback for these
+# No traceback for these.
+_KNOWN = (S3Error, BotoCoreError, ClientError, aiohttp.ClientError, OSError, KafkaError)
 
 
 # -------------------------------------------------------------------------------- the Kafka side
