@@ -352,6 +352,7 @@ class EmbeddedKafka:
         lib = self._lib = _librdkafka()
         error = ctypes.create_string_buffer(512)
         conf = lib.rd_kafka_conf_new()
+        lib.rd_kafka_conf_set(conf, b"log_level", b"0", error, len(error))
         self._client = lib.rd_kafka_new(
             0, conf, error, len(error)
         )  # a producer; the cluster hangs on it
@@ -418,6 +419,7 @@ def _librdkafka() -> ctypes.CDLL:
     pointer, integer, text = ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p
     for name, result, *arguments in (
         ("rd_kafka_conf_new", pointer),
+        ("rd_kafka_conf_set", integer, pointer, text, text, text, ctypes.c_size_t),
         ("rd_kafka_new", pointer, integer, pointer, text, ctypes.c_size_t),
         ("rd_kafka_destroy", None, pointer),
         ("rd_kafka_mock_cluster_new", pointer, pointer, integer),

@@ -11,7 +11,8 @@ from pathlib import Path
 import botocore.exceptions
 import pytest
 from helpers import Script, free_port, produce, records, scratch_env, until
-from kafka import KafkaConsumer, TopicPartition
+from kafka import KafkaConsumer
+from kafka.admin import KafkaAdminClient
 from local_stack import API_VERSION, EXAMPLE, S3, Kafka, port_is_free
 
 
@@ -108,6 +109,9 @@ def test_without_java_the_embedded_broker_serves_groups_on_the_same_port(
     port, _ = ports(script)
     bootstrap, topic = f"localhost:{port}", EXAMPLE["KAFKA_TOPIC"] or ""
     values = [b"%d" % n for n in range(100)]
+    admin = KafkaAdminClient(bootstrap_servers=bootstrap, api_version=API_VERSION)
+    assert [broker["port"] for broker in admin.describe_cluster()["brokers"]] == [port]
+    admin.close()
     assert produce(bootstrap, topic, values) == list(range(100))
     assert [record.value for record in records(bootstrap, topic)] == values
 
@@ -120,12 +124,15 @@ def test_without_java_the_embedded_broker_serves_groups_on_the_same_port(
             group_id="group",
             auto_offset_reset="earliest",
             enable_auto_commit=False,
-            max_poll_records=count,
+            max_poll_records=1,
         )
-        batch = until(lambda: consumer.poll(500), what="records for the group")
+        offsets = []
+        for _ in range(count):
+            (batch,) = until(lambda: consumer.poll(500), what="a record for the group").values()
+            offsets.append(batch[0].offset)
         consumer.commit()
         consumer.close()
-        return [record.offset for record in batch[TopicPartition(topic, 0)]]
+        return offsets
 
     assert consume(40) == list(range(40))
     assert consume(60) == list(range(40, 100))
