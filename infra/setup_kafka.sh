@@ -424,7 +424,10 @@ make_topics() {
     local topic there
     there="$(topics --list)"
     for topic in test error_topic; do
-        grep -qx "$topic" <<<"$there" || topics --create --if-not-exists --topic "$topic" --partitions 1
+        if ! grep -qx "$topic" <<<"$there"; then
+            topics --create --if-not-exists --topic "$topic" --partitions 1 >/dev/null
+            say "made topic $topic"
+        fi
     done
 }
 

@@ -342,10 +342,9 @@ def test_second_run_changes_nothing(broker: Instance) -> None:
 
 
 def test_check_says_what_is_wrong_and_what_to_do(broker: Instance) -> None:
-    assert "FAIL" not in broker.sh(f"{SETUP} --check")
     broker.sh("systemctl disable zookeeper")
     output = broker.sh(f"{SETUP} --check --public-address 203.0.113.99", check=False)
-    assert broker.code == 1
+    assert broker.code == 1 and output.count("\nok ") == 8
     assert re.findall("FAIL.*", output) == [
         "FAIL  zookeeper starts at boot: sudo systemctl enable zookeeper",
         f"FAIL  clients are sent to {PUBLIC}:9092: the public address is 203.0.113.99; "
