@@ -10,7 +10,8 @@ CREATE DATABASE IF NOT EXISTS market;
 
 -- table: one JSON object a file (Athena only)
 -- Not partitioned: root objects and the partition=<p>/ folders are both read, and new ones are seen
--- at once. (A prefix has to end in / for this.) Everything is text here, so that one odd value cannot fail a query; the view has types.
+-- at once (a prefix has to end in / for this). Everything is text here, so that one odd value cannot
+-- fail a query; the view has types.
 -- Athena's column names are lower case and have no spaces: each key is named as it is in the JSON.
 CREATE EXTERNAL TABLE IF NOT EXISTS market.objects (
   `index` string,
