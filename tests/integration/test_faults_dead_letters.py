@@ -4,6 +4,7 @@ import json
 
 import pytest
 from confluent_kafka import Producer
+from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource
 from helpers import committed, produce, records, until
 from proof import assert_whole, until_done
 
@@ -94,6 +95,27 @@ def test_without_the_dead_letter_topic_it_holds_says_so_and_goes_on_when_it_is_m
     kafka.create_topic(f"{topic}_late")
     until_done(kafka.bootstrap, env["KAFKA_GROUP_ID"], topic)
     assert [r.value for r in records(kafka.bootstrap, f"{topic}_late")] == [b"bad"]
+    assert set(objects()) == {"stock_market_0.json", "stock_market_2.json"}
+    script.terminate()
+    assert script.wait() == 0
+
+
+def test_a_dead_letter_that_the_broker_refuses_holds_the_place_until_it_is_taken(
+    run, env, kafka, topic, objects
+):
+    """What is committed was acknowledged: the topic is there, and takes no record of this size."""
+    small = f"{topic}_small"
+    kafka.create_topic(small, config={"max.message.bytes": "500"})
+    produce(kafka.bootstrap, topic, [b'{"n": 0}', b"bad " * 500, b'{"n": 2}'])
+    script = run("kafka_consumer.py", env={**env, "KAFKA_DLQ_TOPIC": small})
+    script.wait_for(f"topic {small} failing, holding at {topic}/0/1: .*TooLarge", stream="stderr")
+    until(lambda: committed(kafka.bootstrap, env["KAFKA_GROUP_ID"], topic) == {0: 1})
+    change = ConfigEntry("max.message.bytes", "5000", incremental_operation=AlterConfigOpType.SET)
+    resource = ConfigResource(ConfigResource.Type.TOPIC, small, incremental_configs=[change])
+    admin = AdminClient({"bootstrap.servers": kafka.bootstrap})
+    admin.incremental_alter_configs([resource])[resource].result(10)
+    until_done(kafka.bootstrap, env["KAFKA_GROUP_ID"], topic)
+    assert [r.value for r in records(kafka.bootstrap, small)] == [b"bad " * 500]
     assert set(objects()) == {"stock_market_0.json", "stock_market_2.json"}
     script.terminate()
     assert script.wait() == 0

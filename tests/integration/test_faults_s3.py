@@ -9,6 +9,7 @@ from proof import assert_whole, load, members, until_done
 from s3_faults import KINDS, FaultyS3
 
 pytestmark = pytest.mark.real
+BACKLOG = 600  # more than the consumer takes at once: some wait in the client, some at the broker
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def test_a_failure_holds_the_place_says_so_at_once_and_ends_within_5_s_of_recove
     kafka, topic, env, objects, consumer, faulty
 ):
     faulty.fail("403")
-    produce(kafka.bootstrap, topic, [b'{"n": %d}' % n for n in range(100)])
+    produce(kafka.bootstrap, topic, [b'{"n": %d}' % n for n in range(BACKLOG)])
     consumer.wait_for(rf"holding at {topic}/0/1\b.*", timeout=3, stream="stderr")
     until(lambda: len(faulty.puts()) > 3)
     time.sleep(3)  # the failure lasts
@@ -92,6 +93,24 @@ def test_a_consumer_that_may_write_and_not_list_says_so_and_goes_on(
     assert_whole(records(kafka.bootstrap, topic), objects())
 
 
+def test_a_death_before_the_first_object_skips_nothing_although_latest_is_the_rule(
+    run, env, kafka, topic, objects, faulty
+):
+    """The position is pinned by a commit at the first assignment (promise 3)."""
+    env = {**env, "S3_ENDPOINT_URL": faulty.endpoint, "KAFKA_AUTO_OFFSET_RESET": "latest"}
+    produce(kafka.bootstrap, topic, [b'{"n": 0}'])
+    faulty.fail("503", only=("put",))
+    script = run("kafka_consumer.py", env=env)
+    until(lambda: committed(kafka.bootstrap, env["KAFKA_GROUP_ID"], topic) == {0: 1})
+    produce(kafka.bootstrap, topic, [b'{"n": %d}' % n for n in range(1, 10)])
+    script.wait_for(f"holding at {topic}/0/1", stream="stderr")
+    script.kill()
+    faulty.heal()
+    script = run("kafka_consumer.py", env=env)
+    until_done(kafka.bootstrap, env["KAFKA_GROUP_ID"], topic)
+    assert_whole(records(kafka.bootstrap, topic)[1:], objects())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("probability", [1.0, 0.1], ids=["always", "at 10 percent"])
 def test_15_s_of_every_failure_under_load_lose_nothing(
@@ -116,7 +135,8 @@ def test_15_s_of_every_failure_under_load_lose_nothing(
             for _, faulty, _ in cases.values():
                 until(lambda faulty=faulty: len(faulty.stored()) > 10, timeout=120)
             before = {name: members(kafka.bootstrap, name) for name in cases}
-            _break_for_15_s(cases, probability)
+            values = [b'{"backlog": %d}' % n for n in range(BACKLOG)] if probability == 1 else []
+            _break_for_15_s(kafka, cases, probability, values)
             for name, (kind, _, script) in cases.items():
                 assert script.process.poll() is None, f"{kind}: it ended"
                 assert members(kafka.bootstrap, name) == before[name], f"{kind}: it left its group"
@@ -145,11 +165,12 @@ def test_15_s_of_every_failure_under_load_lose_nothing(
         assert "Traceback" not in script.stderr
 
 
-def _break_for_15_s(cases, probability: float) -> None:
+def _break_for_15_s(kafka, cases, probability: float, values: list[bytes]) -> None:
     began = time.monotonic()
-    for kind, faulty, _ in cases.values():
+    for name, (kind, faulty, _) in cases.items():
         if kind != "refused" or probability == 1:
             faulty.fail(kind, probability)
+        produce(kafka.bootstrap, name, values)
     if probability == 1:
         for kind, _, script in cases.values():
             until(lambda script=script: holds(script), timeout=10, what=f"a hold said for {kind}")
