@@ -530,14 +530,15 @@ check() {
     for target in 127.0.0.1:9092 "$PRIVATE_ADDRESS:9093" $(zookeeper_here); do
         result "$(reachable "${target%:*}" "${target#*:}" && echo yes)" "$target answers" "journalctl -u kafka -u zookeeper"
     done
-    advertises="$(advertised "$BROKER_ID")"
+    reachable "$PRIVATE_ADDRESS" 9093 || return 1 # what follows asks the broker
+    advertises="$(advertised "$BROKER_ID" || true)"
     result "$([[ $advertises != "$PUBLIC_ADDRESS:9092" ]] || echo yes)" \
         "clients are sent to ${advertises:-nowhere}" "the public address is $PUBLIC_ADDRESS; run this script again without --check"
     used="$(df --output=pcent "$DATA" | tr -dc 0-9)"
     result "$( ((used >= 85)) || echo yes)" "disk $used% full" "lower log.retention.bytes in server.properties, or a bigger volume"
     missing="$(comm -23 <(printf '%s\n' error_topic test) <(topics --list 2>/dev/null | sort) | paste -sd' ')"
     result "$([[ -n $missing ]] || echo yes)" "topics test and error_topic" "missing $missing; run this script again without --check"
-    missing="$(topics --describe --under-replicated-partitions 2>&1 | wc -l)"
+    missing="$(topics --describe --under-replicated-partitions 2>&1 | wc -l || true)"
     result "$( ((missing)) || echo yes)" "every partition has all its copies" "$missing partitions do not; --check on the other brokers"
     if [[ -n $TLS ]]; then
         result "$(openssl x509 -in "$SECURE/broker.pem" -noout -checkend $((30 * 86400)) >/dev/null && echo yes)" \
@@ -568,10 +569,11 @@ uninstall() {
 
 # A script that carries these files: EC2 hands user data over alone, and takes 16 KB of it.
 user_data() {
-    local option options=()
+    local option options='' packed
     for option in "$@"; do
-        [[ $option == --user-data ]] || options+=("$(printf %q "$option")")
+        [[ $option == --user-data ]] || options+=" $(printf %q "$option")"
     done
+    packed="$(tar -C "$HERE" -c --sort=name --owner=0 --group=0 --mtime=@0 "${FILES[@]}" | gzip -9n | base64 -w 120)"
     cat <<EOF
 #!/bin/bash
 # Made by setup_kafka.sh --user-data. The log can hold a password: only root reads it.
@@ -580,9 +582,9 @@ install -m 600 /dev/null /var/log/kafka-setup.log
 exec >/var/log/kafka-setup.log 2>&1
 mkdir -p $KEPT
 base64 -d <<'END' | tar -xz -C $KEPT
-$(tar -C "$HERE" -c --sort=name --owner=0 --group=0 --mtime=@0 "${FILES[@]}" | gzip -9n | base64 -w 120)
+$packed
 END
-$KEPT/setup_kafka.sh ${options[*]:-}
+$KEPT/setup_kafka.sh$options
 EOF
 }
 

@@ -15,6 +15,7 @@ other.
 import contextlib
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,8 +32,10 @@ def hold(*command: str) -> subprocess.Popen[bytes]:
     pipe = subprocess.PIPE
     process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0)
     assert process.stdin and process.stdout and process.stderr
-    process.stdin.write(b"\n")
-    assert process.stdout.read(1), process.stderr.read().decode()
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.write(b"\n")
+    if not process.stdout.read(1):
+        raise OSError(process.stderr.read().decode().strip())
     return process
 
 
@@ -133,7 +136,8 @@ class Instance(Machine):
 
     @property
     def enter(self) -> list[str]:
-        path = f"{HERE}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+        java = os.path.dirname(shutil.which("java") or "/usr/bin/java")
+        path = f"{HERE}/bin:{java}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
         return [
             *("nsenter", f"--target={self.init}", "--mount", "--net", "--pid"),
             *("env", "-i", f"PATH={path}", "HOME=/root", "LANG=C.UTF-8"),

@@ -31,6 +31,7 @@ SCRIPTS = ROOT.parent / "shared" / "kafka" / f"{NAME}-scripts.tgz"
 pytestmark = [pytest.mark.root] + [pytest.mark.real] * SCRIPTS.exists()
 SETUP = f"{ROOT}/infra/setup_kafka.sh"
 MIRROR = f"--url http://10.0.0.1:8000/{NAME}.tgz"
+WAIT = "until (exec 3<>/dev/tcp/10.0.0.10/9093) 2>/dev/null; do sleep 0.2; done"
 PRIVATE, PUBLIC = "10.0.0.10", "203.0.113.10"
 
 
@@ -65,7 +66,13 @@ def distribution(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
-    network = Network(tmp_path_factory.mktemp("network"))
+    for command in ("unshare", "nsenter", "setpriv", "ip", "nft", "curl", "openssl"):
+        if shutil.which(command) is None:
+            pytest.skip(f"needs {command}")
+    try:
+        network = Network(tmp_path_factory.mktemp("network"))
+    except OSError as error:
+        pytest.skip(f"no name spaces here: {error}")
     yield network
     network.close()
 
@@ -291,6 +298,7 @@ def test_kafka_knows_every_key_of_server_properties(tmp_path: Path) -> None:
 # --- One broker ---
 
 
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
 def test_units_pass_systemd_analyze_verify(broker: Instance) -> None:
     # the checkout that kafka-s3@ runs from
     broker.sh(
@@ -351,6 +359,11 @@ def test_check_says_what_is_wrong_and_what_to_do(broker: Instance) -> None:
         "run this script again without --check",
     ]
     broker.sh("systemctl enable zookeeper")
+    broker.sh("systemctl stop kafka")
+    output = broker.sh(f"{SETUP} --check", check=False)
+    broker.sh(f"systemctl start kafka; timeout 60 bash -c '{WAIT}'")
+    assert broker.code == 0
+    assert re.findall("FAIL  ([^:]*)", output) == ["kafka runs", "127.0.0.1", "10.0.0.10"]
 
 
 def test_zookeeper_and_internal_are_not_reached_from_outside(
@@ -620,6 +633,9 @@ def follow_readme(network: Network, distribution: Path, tmp_path: Path) -> None:
         return instance.sh("journalctl -u kafka-s3@consumer")
 
     until(lambda: log().count("Upload Successfully") > 3, 30, "uploads by the service")
+    instance.sh(f"kill -9 {status(instance, 'kafka-s3@consumer')['main']}")
+    uploads = log().count("Upload Successfully")
+    until(lambda: log().count("Upload Successfully") > uploads, 60, "uploads after a restart")
     instance.sh("systemctl stop kafka-s3@consumer kafka-s3@producer")
 
     said = follow("Lag, offsets, replay")
