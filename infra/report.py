@@ -1,10 +1,8 @@
 #!/usr/bin/env python3
 """A look at the bucket without AWS: a page with charts, and all records in one Parquet file.
 
-    python infra/report.py [FOLDER]  (after pip install '.[report]')
-
 Takes S3_BUCKET, S3_PREFIX, S3_ENDPOINT_URL and the AWS keys from where the consumer does; writes
-report.html, which needs no network, and records.parquet.
+report.html, which needs no network, and records.parquet into the folder named, or this one.
 """
 
 import json
@@ -12,13 +10,16 @@ import sys
 import tempfile
 from argparse import ArgumentParser
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-import duckdb
-import plotly.graph_objects as go
 from botocore.exceptions import BotoCoreError
-from plotly.subplots import make_subplots
 from s3fs import S3FileSystem
+
+try:
+    import duckdb
+    from plotly.subplots import make_subplots
+except ImportError as error:
+    sys.exit(f"{error.name} is not installed: pip install '.[report]'")
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config import Settings, SettingsError, environment
@@ -41,6 +42,7 @@ def fetch(settings: Settings, lines: IO[bytes]) -> int:
     listed = fs.find(settings.s3_bucket, prefix=settings.s3_prefix, detail=True)
     found = {path: match for path in listed if (match := NAME.fullmatch(path, len(root)))}
     for start in range(0, len(found), 1000):  # objects in memory at once
+        print(f"{start} of {len(found)} objects read", file=sys.stderr)
         for path, value in fs.cat(list(found)[start : start + 1000]).items():
             p, n = found[path].groups()
             row = {"record": json.loads(value), "kafka_partition": int(p or 0)}
@@ -49,11 +51,11 @@ def fetch(settings: Settings, lines: IO[bytes]) -> int:
     return len(found)
 
 
-def charts(db: duckdb.DuckDBPyConnection, title: str) -> go.Figure:
+def charts(db: duckdb.DuckDBPyConnection, title: str) -> Any:
     """Close by index, objects an hour, and the offsets of each partition with their gaps in red."""
     hours, offsets, gaps = (db.sql(query).df() for query in (HOURS, OFFSETS, GAPS))
-    missing = f"Offsets ({gaps['x'].sum():.0f} missing: dead letters, or removed by retention)"
-    titles = ("Close", "Objects an hour (UTC)", missing)
+    missing = f"{gaps['x'].sum():.0f} missing: dead letters, or removed by retention"
+    titles = ("Close", "Objects an hour (UTC)", f"Offsets ({missing})")
     page = make_subplots(rows=3, subplot_titles=titles, row_heights=[5, 3, 2], vertical_spacing=0.1)
     if {"Index", "Date", "Close"} <= set(db.table("records").columns):
         for index, days in db.sql(CLOSES).df().groupby("Index"):
@@ -88,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         rows = duckdb.read_parquet(str(parquet)).shape[0]
         charts(db, f"{where}: {objects} objects").write_html(folder / "report.html")
     except (BotoCoreError, OSError, ValueError, duckdb.Error) as error:
-        print(f"{where}: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"{where}: {str(error).partition(chr(10))[0]}", file=sys.stderr)
         return 1
     print(f"{objects} objects, {rows} rows in {parquet}, charts in {folder / 'report.html'}")
     return 0 if rows == objects else 1

@@ -133,6 +133,13 @@ def test_a_wrong_setting_of_the_report_is_one_line(run, env, setting, value, cod
     assert said in script.stderr and len(script.lines("stderr")) == 1
 
 
+def test_the_report_without_its_extra_says_what_to_install(run, env, tmp_path) -> None:
+    (tmp_path / "duckdb.py").write_text("raise ImportError(name=__name__)")
+    script = run("infra/report.py", env={**env, "PYTHONPATH": str(tmp_path)})
+    assert script.wait() == 1
+    assert script.lines("stderr") == ["duckdb is not installed: pip install '.[report]'"]
+
+
 def test_the_report_takes_values_that_are_json_but_odd(run, env, kafka, topic, tmp_path) -> None:
     odd = [
         b'{\n "Index": "A",\r\n "Date": "2020-01-01", "Close": 1.5\n}',
