@@ -514,23 +514,16 @@ class Sink(ConsumerRebalanceListener):
         """Give every newly assigned partition its position, before anything is fetched. Where
         the group has none, it is committed: a death before the first commit skips nothing."""
         fresh = list(self.fresh)
-        earliest = self.settings.kafka_auto_offset_reset == "earliest"
-        ends = self.consumer.beginning_offsets if earliest else self.consumer.end_offsets
         try:
+            positions = {tp: self.consumer.committed(tp) for tp in fresh}
+            new = [tp for tp in fresh if positions[tp] is None]
+            if new:
+                first = self.first_positions(new)
+                self.consumer.commit({tp: _position(offset) for tp, offset in first.items()})
+                positions |= first
             for tp in fresh:
-                position = self.consumer.committed(tp)
-                if position is None:
-                    position = ends([tp])[tp]
-                    self.consumer.commit({tp: _position(position)})
-                    log.info(
-                        "group %s begins %s/%d at offset %d (%s)",
-                        self.settings.kafka_group_id,
-                        *tp,
-                        position,
-                        self.settings.kafka_auto_offset_reset,
-                    )
-                self.consumer.seek(tp, position)
-                self.partitions[tp] = Partition(position)
+                self.consumer.seek(tp, positions[tp])
+                self.partitions[tp] = Partition(positions[tp])
         except KafkaError as error:
             if not _passing(error):
                 raise
@@ -538,6 +531,20 @@ class Sink(ConsumerRebalanceListener):
             return
         self.fresh.clear()
         self.consumer.resume(*fresh)
+
+    def first_positions(self, new: list[TopicPartition]) -> dict[TopicPartition, int]:
+        """Where the group begins partitions that it has no position on. In a group that has begun
+        with others these were added to the topic since, and `latest` would skip their records."""
+        rule, topic = self.settings.kafka_auto_offset_reset, self.settings.kafka_topic
+        known = (TopicPartition(topic, p) for p in self.consumer.partitions_for_topic(topic) or ())
+        if rule == "latest" and any(self.consumer.committed(tp) is not None for tp in known):
+            rule = "a partition added since the group began"
+        ends = self.consumer.end_offsets if rule == "latest" else self.consumer.beginning_offsets
+        first = dict(ends(new))
+        for tp in new:
+            text = "group %s begins %s/%d at offset %d (%s)"
+            log.info(text, self.settings.kafka_group_id, *tp, first[tp], rule)
+        return first
 
     def out_of_range(self) -> None:
         """A position that the topic does not have: say what is lost and go on after it."""

@@ -777,6 +777,9 @@ class Topic:
         self._raise("committed")
         return self.group.get(tp)
 
+    def partitions_for_topic(self, topic):
+        return {tp.partition for tp in self.ends}
+
     def beginning_offsets(self, tps):
         return {tp: self.begins[tp] for tp in tps}
 
@@ -966,6 +969,15 @@ def test_a_group_goes_on_where_it_stopped(sinks, clock):
     sink, _topic, uploads = sinks(50, 9, group={TP: 42})
     stepping(sink, clock, 1)
     assert sorted(uploads.submitted) == [(0, o) for o in range(42, 50)] + [(1, o) for o in range(9)]
+
+
+def test_a_partition_added_since_the_group_began_is_begun_at_its_first_record_despite_latest(
+    sinks, clock
+):
+    sink, topic, uploads = sinks(9, 9, KAFKA_AUTO_OFFSET_RESET="latest")
+    topic.group[TP] = 9
+    stepping(sink, clock, 2)
+    assert sorted(uploads.submitted) == [(1, offset) for offset in range(9)]
 
 
 @pytest.mark.parametrize("method", ["committed", "commit", "end_offsets"])
