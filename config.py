@@ -124,8 +124,11 @@ def _servers(text: str) -> tuple[str, ...]:
 
 
 def _version(text: str) -> tuple[int, ...]:
-    _matching(r"\d+\.\d+(\.\d+)?", "must be a version such as 2.8.1, or empty: negotiate")(text)
-    return tuple(map(int, text.split(".")))
+    wrong = "must be a version such as 2.8.1, 0.11 at least, or empty: negotiate"
+    version = tuple(map(int, _matching(r"\d+\.\d+(\.\d+)?", wrong)(text).split(".")))
+    if version < (0, 11):  # it has no headers, which a dead letter needs
+        raise ValueError(wrong)
+    return version
 
 
 def _url(text: str) -> str:

@@ -129,7 +129,7 @@ def test_a_setting_is_read_as(name, text, value):
         ("KAFKA_TOPIC", ["", ".", "..", "a b", "a/b", "ü", "x" * 250, "a\n"]),
         ("KAFKA_GROUP_ID", ["", " "]),
         ("KAFKA_AUTO_OFFSET_RESET", ["", "none", "Latest"]),
-        ("KAFKA_API_VERSION", ["2", "two", "2.8.1.0", "2.8.x", "2." + "9" * 5000]),
+        ("KAFKA_API_VERSION", ["2", "two", "2.8.1.0", "2.8.x", "2." + "9" * 5000, "0.10.2"]),
         ("KAFKA_REQUEST_TIMEOUT_MS", ["", "0", "1e4", "-1", "540000", "9" * 5000]),
         ("KAFKA_SECURITY_PROTOCOL", ["", "TLS", "ssl"]),
         ("KAFKA_SASL_MECHANISM", ["GSSAPI", "plain"]),
