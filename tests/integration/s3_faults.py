@@ -69,7 +69,7 @@ class FaultyS3:
         self._loop.call_soon_threadsafe(self._loop.stop)
 
     def fail(self, kind: str, probability: float = 1.0, only: tuple[str, ...] = ()) -> None:
-        """Break requests in the way `kind` names (KINDS), `only` these operations if given."""
+        """Break requests in the way `kind` names (KINDS); `only` these operations or objects."""
         assert kind in KINDS, kind
         if kind == "refused":
             assert probability == 1 and not only, "a closed port refuses everybody"
@@ -104,12 +104,12 @@ class FaultyS3:
         for writer in list(self._writers):
             _reset(writer)
 
-    def _breaks(self, operation: str) -> str:
+    def _breaks(self, operation: str, key: str) -> str:
         if self._fault is None:
             return ""
         kind, probability, only = self._fault
-        hit = (not only or operation in only) and random.random() < probability
-        return kind if hit else ""
+        meant = not only or operation in only or key.rpartition("/")[2] in only
+        return kind if meant and random.random() < probability else ""
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.add(writer)
@@ -122,7 +122,7 @@ class FaultyS3:
                 path, _, query = target.partition("?")
                 key = unquote(path).strip("/")
                 operation = method.lower() if "/" in key else _bucket_operation(method, query)
-                kind = self._breaks(operation)
+                kind = self._breaks(operation, key)
 
                 def seen(status: int, operation=operation, key=key, arrived=arrived) -> None:
                     self.requests.append(Seen(arrived, operation, key, status))
