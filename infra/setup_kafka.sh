@@ -440,7 +440,10 @@ make_sasl_user() {
     fi
 }
 
+# A client also asks the other brokers of a cluster for metadata. Their public addresses may be closed
+# to this machine: it shall give each up quickly.
 client_properties() {
+    echo socket.connection.setup.timeout.ms=2000
     [[ -n $TLS ]] || return 0
     printf '%s\n' security.protocol=SASL_SSL sasl.mechanism=SCRAM-SHA-512 ssl.truststore.type=PEM "ssl.truststore.location=$CONF/ca.pem" \
         "sasl.jaas.config=org.apache.kafka.common.security.scram.ScramLoginModule required username=\"$SASL_USER\" password=\"$(<"$SECURE/password")\";"
@@ -461,9 +464,9 @@ try_message() {
     # only this broker leads it: nothing here can reach the others' public addresses
     topics --create --topic "$topic" --replica-assignment "$BROKER_ID" --config min.insync.replicas=1 >/dev/null
     tool kafka-console-producer.sh --bootstrap-server "$server" --topic "$topic" --producer.config "$WORK/client.properties" \
-        --producer-property delivery.timeout.ms=20000 --request-timeout-ms 10000 --max-block-ms 20000 <<<"$message" || true
+        --producer-property delivery.timeout.ms=40000 --request-timeout-ms 10000 --max-block-ms 40000 <<<"$message" || true
     got="$(tool kafka-console-consumer.sh --bootstrap-server "$server" --topic "$topic" --consumer.config "$WORK/client.properties" \
-        --partition 0 --offset 0 --max-messages 1 --timeout-ms 20000 2>"$WORK/consumer.log" || true)"
+        --partition 0 --offset 0 --max-messages 1 --timeout-ms 40000 2>"$WORK/consumer.log" || true)"
     topics --delete --topic "$topic" >/dev/null
     forget_loopback_address
     if [[ $got != "$message" ]]; then
