@@ -601,7 +601,8 @@ def check_kafka(settings: Settings) -> None:
             client.close()
         except (KafkaError, OSError, ValueError, AssertionError) as error:
             raise Failure(f"{where}: {type(error).__name__}: {error}{last.said()}") from None
-        if all(str(broker.nodeId).startswith("bootstrap") for broker in brokers):
+        # kafka-python 3 keeps the bootstrap addresses apart, and calls the field node_id.
+        if all(str(getattr(broker, "nodeId", "")).startswith("bootstrap") for broker in brokers):
             raise Failure(silent + last.said())  # no metadata came: it hung up each time
         if not partitions:
             raise Failure(
