@@ -32,7 +32,7 @@ import botocore.config
 import botocore.session
 from dotenv import dotenv_values
 from kafka.admin import KafkaAdminClient, NewTopic
-from kafka.errors import KafkaError
+from kafka.errors import KafkaError, TopicAlreadyExistsError
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCAL = ROOT / ".local"  # what is fetched or built; ignored by git
@@ -270,9 +270,21 @@ class Kafka:
     def create_topic(
         self, name: str, partitions: int = 1, config: Mapping[str, str] | None = None
     ) -> None:
-        """Create a topic; return when it can be used."""
+        """Create a topic; return when it can be used. A broker that has just started may not have
+        its controller yet, and one that deletes a topic of this name is waited for too."""
         topic = NewTopic(name, partitions, 1, topic_configs=dict(config or {}))
-        self._admin(lambda admin: admin.create_topics([topic], timeout_ms=20000))
+        deadline, failed = time.monotonic() + 20, False
+        while True:
+            try:
+                return self._admin(lambda admin: admin.create_topics([topic], timeout_ms=20000))
+            except KafkaError as error:
+                exists = isinstance(error, TopicAlreadyExistsError)
+                if exists and failed:
+                    return  # by the attempt that got no answer
+                if time.monotonic() > deadline:
+                    raise
+                failed = failed or not exists
+                time.sleep(0.2)
 
     def delete_topic(self, name: str) -> None:
         """Delete a topic; return when the broker no longer names it."""
