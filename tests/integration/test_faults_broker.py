@@ -5,7 +5,6 @@ import time
 
 import pytest
 from helpers import committed, produce, records, until
-from kafka.errors import TopicAlreadyExistsError
 from local_stack import Kafka
 from proof import assert_whole, commit, delete_records, until_done
 from s3_faults import FaultyS3
@@ -141,15 +140,6 @@ def test_positions_that_retention_removed_during_a_hold_are_said_too(
         assert f"{min(gone)}" in script.stderr and "lost" in script.stderr.lower()
 
 
-def made_anew(kafka, topic) -> bool:
-    """The broker deletes a topic some time after it has said so."""
-    try:
-        kafka.create_topic(topic)
-    except TopicAlreadyExistsError:
-        return False
-    return True
-
-
 def test_a_topic_made_anew_under_the_same_bucket_ends_it_and_overwrites_nothing(
     run, env, kafka, topic, objects
 ):
@@ -157,7 +147,7 @@ def test_a_topic_made_anew_under_the_same_bucket_ends_it_and_overwrites_nothing(
     assert run("kafka_consumer.py", "--max-messages", "5", env=env).wait() == 0
     before = objects()
     kafka.delete_topic(topic)
-    until(lambda: made_anew(kafka, topic))
+    kafka.create_topic(topic)
     produce(kafka.bootstrap, topic, [b'{"new": %d}' % n for n in range(5)])
     script = run("kafka_consumer.py", env=env)
     assert script.wait(timeout=60) == 1

@@ -9,6 +9,7 @@ import pytest
 from helpers import free_port, produce, records
 from local_stack import Kafka
 from proof import assert_whole
+from s3_faults import FaultyS3
 
 from config import Settings
 
@@ -218,6 +219,17 @@ def test_control_characters_in_the_csv_do_not_reach_the_terminal_raw(
     assert not any(line.startswith("[Sent] Topic: forged") for line in script.lines())
     for record in records(kafka.bootstrap, topic):
         assert json.loads(record.value)["x"].startswith(HOSTILE)
+
+
+def test_a_session_token_is_in_no_line_even_at_debug(run, env, kafka, topic):
+    settings = {**env, "LOG_LEVEL": "DEBUG", "AWS_SESSION_TOKEN": "a-token-of-an-assumed-role"}
+    produce(kafka.bootstrap, topic, [b"{}"])
+    with FaultyS3() as s3:
+        settings["S3_ENDPOINT_URL"] = s3.endpoint
+        script = run("kafka_consumer.py", "--max-messages", "1", env=settings)
+        assert script.wait() == 0
+    assert "a-token-of" not in script.stdout + script.stderr
+    no_secret(env, script)
 
 
 def test_secrets_are_in_no_repr_and_no_error_of_the_settings(run, env):
