@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -116,6 +118,24 @@ def test_the_report_has_every_record_and_its_page_needs_no_network(
     page = (tmp_path / "out/report.html").read_text()
     assert "2 missing" in page and '"name":"NYA"' in page
     assert not re.search(r"<(script|link|img)[^>]+(src|href)=", page)
+
+
+def test_a_browser_draws_every_chart_of_the_page(run, env, kafka, topic, tmp_path) -> None:
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if not browser:
+        pytest.skip("needs a browser (apt install chromium)")
+    row = '{"Index": "%s", "Date": "2008-04-%02d", "Close": %d}'
+    values = [(row % (index, day, 1 + day)).encode() for index in "AB" for day in range(1, 10)]
+    produce(kafka.bootstrap, topic, [*values[:5], b"not JSON", *values[5:]])
+    assert run("kafka_consumer.py", "--max-messages", "19", env=env).wait() == 0
+    assert run("infra/report.py", str(tmp_path), env=env).wait(60) == 0
+    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=8000"]
+    page = [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"{tmp_path / 'report.html'}"]
+    drawn = subprocess.run([browser, *flags, *page], capture_output=True, text=True, timeout=120)
+    dom = re.sub(r"<script.*?</script>", "", drawn.stdout, flags=re.DOTALL)
+    assert dom.count('class="trace scatter') == 2, "a line for each index"
+    assert dom.count('class="trace bars') == 3, "hours, offsets, gaps"
+    assert "Offsets (1 missing" in dom
 
 
 @pytest.mark.parametrize(
