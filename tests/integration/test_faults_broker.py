@@ -1,6 +1,7 @@
 """The broker goes away, comes back, forgets: nothing is lost or reordered, and gaps are said."""
 
 import json
+import re
 import time
 
 import pytest
@@ -79,6 +80,7 @@ def test_a_broker_stopped_for_30_s_under_load_loses_and_reorders_nothing(
     through_an_outage(run, own, settings, topic, objects, outage)
 
 
+@pytest.mark.slow
 def test_a_broker_killed_under_load_loses_and_reorders_nothing(run, own, settings, topic, objects):
     def outage() -> None:
         own.kill()
@@ -151,7 +153,7 @@ def test_a_topic_made_anew_under_the_same_bucket_ends_it_and_overwrites_nothing(
     produce(kafka.bootstrap, topic, [b'{"new": %d}' % n for n in range(5)])
     script = run("kafka_consumer.py", env=env)
     assert script.wait(timeout=60) == 1
-    assert f"s3://{env['S3_BUCKET']}/stock_market_0.json" in script.stderr
+    assert re.search(f"s3://{env['S3_BUCKET']}/stock_market_[0-4].json", script.stderr)
     assert "Traceback" not in script.stderr
     assert objects() == before
     assert committed(kafka.bootstrap, env["KAFKA_GROUP_ID"], topic).get(0, 0) == 0

@@ -53,6 +53,7 @@ def test_a_member_that_joins_and_one_that_leaves_send_nothing_again(
         assert again == []
 
 
+@pytest.mark.slow
 def test_a_group_rebalances_while_s3_fails_and_no_record_is_skipped(
     run, kafka, settings, s3, objects
 ):

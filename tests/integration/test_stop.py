@@ -33,7 +33,7 @@ class Scene:
         self.own, self.faulty, self.topic = own, faulty, topic
 
     def loaded(self):
-        values = [b'{"n": %d, "pad": "%s"}' % (n, b"x" * 500) for n in range(2000)]
+        values = [b'{"n": %d, "pad": "%s"}' % (n, b"x" * 500) for n in range(1500)]
         produce(self.own.bootstrap, self.topic, values)
 
     def s3_failing(self):
@@ -150,6 +150,7 @@ def test_the_consumer_stops_within_5_s_and_loses_nothing(
         assert len(scene.faulty.puts()) == len(stored)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", STOPS)
 def test_the_consumer_stops_within_5_s_in_a_rebalance(run, scene, settings, stop):
     """A member that joins and dies without a word leaves the group waiting for it."""
@@ -170,7 +171,9 @@ def test_the_consumer_stops_within_5_s_in_a_rebalance(run, scene, settings, stop
         second.kill()
 
 
-@pytest.mark.parametrize("state", ["s3_silent_and_broker_gone", "broker_frozen"])
+@pytest.mark.parametrize(
+    "state", [pytest.param("s3_silent_and_broker_gone", marks=pytest.mark.slow), "broker_frozen"]
+)
 def test_a_second_signal_ends_the_consumer_at_once(run, scene, settings, state):
     script = running(run, scene, settings)
     getattr(scene, state)()
@@ -182,7 +185,7 @@ def test_a_second_signal_ends_the_consumer_at_once(run, scene, settings, state):
 
 PRODUCER_STATES = ["idle", "loaded", "broker_gone", "broker_frozen"]
 PRODUCER_CASES = [
-    pytest.param(state, stop, marks=[] if stop == "SIGTERM" else [pytest.mark.slow])
+    pytest.param(state, stop, marks=[] if (state, stop) in QUICK else [pytest.mark.slow])
     for state in PRODUCER_STATES
     for stop in STOPS
 ]
