@@ -20,7 +20,6 @@ try:
     from plotly.subplots import make_subplots
 except ImportError as error:
     sys.exit(f"{error.name} is not installed: pip install '.[report]'")
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config import Settings, SettingsError, environment
 from kafka_consumer import NAME
@@ -28,7 +27,7 @@ from kafka_consumer import NAME
 RECORDS = """SELECT * EXCLUDE record, unnest(record) FROM read_json($lines, sample_size = -1,
     format = 'newline_delimited', map_inference_threshold = -1) ORDER BY ALL"""
 CLOSES = 'SELECT DISTINCT "Index", "Date", "Close" FROM records ORDER BY ALL'
-HOURS = "SELECT date_trunc('hour', written_at) AS hour, count(*) AS n FROM records GROUP BY 1"
+HOURS = "SELECT date_trunc('hour', written_at) AS x, count(*) AS y FROM records GROUP BY 1"
 PLACES = "(SELECT 'partition ' || kafka_partition AS y, kafka_offset AS n FROM records)"
 OFFSETS = f"SELECT y, min(n) AS base, max(n) + 1 - base AS x FROM {PLACES} GROUP BY y ORDER BY y"
 GAPS = f"""SELECT y, n + 1 AS base, lead(n) OVER (PARTITION BY y ORDER BY n) - base AS x
@@ -58,13 +57,14 @@ def charts(db: duckdb.DuckDBPyConnection, title: str) -> Any:
     titles = ("Close", "Objects an hour (UTC)", f"Offsets ({missing})")
     page = make_subplots(rows=3, subplot_titles=titles, row_heights=[5, 3, 2], vertical_spacing=0.1)
     if {"Index", "Date", "Close"} <= set(db.table("records").columns):
-        for index, days in db.sql(CLOSES).df().groupby("Index"):
-            page.add_scatter(x=days["Date"], y=days["Close"], name=str(index), row=1, col=1)
-    page.add_bar(x=hours["hour"], y=hours["n"], width=3_600_000, offset=0, row=2, col=1)
+        for n, (index, days) in enumerate(db.sql(CLOSES).df().groupby("Index")):
+            look = {"name": str(index), "line": {"color": f"hsl({n * 137.5 % 360}, 65%, 45%)"}}
+            page.add_scatter(x=days["Date"], y=days["Close"], **look, row=1, col=1)
+    page.add_bar(**hours.to_dict("list"), width=36e5, offset=0, marker_color="navy", row=2, col=1)
     for bars, colour in ((offsets, "seagreen"), (gaps, "red")):
         mark = {"color": colour, "line": {"color": colour, "width": 1}}  # one of a million shows
         page.add_bar(**bars.to_dict("list"), marker=mark, orientation="h", row=3, col=1)
-    page.update_yaxes(type="log", minorloglabels="complete", row=1)
+    page.update_yaxes(type="log", dtick="D2", minorloglabels="complete", row=1)
     page.update_traces(showlegend=False, selector={"type": "bar"})
     return page.update_layout(title=title, height=1100, template="plotly_white", barmode="overlay")
 
