@@ -99,6 +99,7 @@ def tables(draw):
 @settings(deadline=None, max_examples=60)  # the machine may be busy
 @given(tables())
 @example([("0", True, ["18446744073709551615", ""]), ("1", True, ["1", "2"])])
+@example([("0", True, ["18446744073709551616", "0.0"]), ("1", True, ["18446744073709551615"] * 2)])
 @example(
     [("0", True, ["9007199254740993", "NA"]), ("1", True, ["5e-324", "1.7976931348623157e308"])]
 )
@@ -153,6 +154,16 @@ def test_whole_numbers_beyond_64_bits_stay_numbers(rows):
         {"a": None, "b": 2, "c": -big},
         {"a": 3, "b": 3, "c": None},
     ]
+
+
+def test_the_numbers_that_pandas_marks_a_gap_with_stay_numbers(rows):
+    least, greatest = -(2**63), 2**64 - 1
+    assert rows(f"a,b,c\n{least},{greatest},{greatest + 1}\n,7,0.5\n0,,\n") == [
+        {"a": least, "b": greatest, "c": float(greatest + 1)},
+        {"a": None, "b": 7, "c": 0.5},
+        {"a": 0, "b": None, "c": None},
+    ]
+    assert rows(f"a,b\n1,{greatest}\n") == [{"a": 1, "b": greatest}]
 
 
 def test_missing_is_null_and_never_nan(rows):
