@@ -548,14 +548,16 @@ print(stop.requested, file=open(sys.argv[1], "w"))
     assert answer.read_text() == "True\n"
 
 
-def test_a_full_disk_under_the_log_is_no_reason_to_stop(logs, monkeypatch):
-    _, err = logs()
+def test_a_full_disk_under_the_records_is_no_reason_to_stop(logs, monkeypatch):
+    out, err = logs()
 
     def full(text):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(err, "write", full)
-    log.info("lost")
+    monkeypatch.setattr(out, "write", full)
+    records.info("lost")
+    log.info("said")
+    assert err.said().endswith(" INFO said\n") and len(err.said().splitlines()) == 1
 
 
 # ------------------------------------------------------------------- starting, stopping, counting
