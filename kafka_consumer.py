@@ -254,7 +254,7 @@ class Bucket:
         self.base = request.url.partition("?")[0].rstrip("/") + "/"
         scope = request.headers["Authorization"]
         scope = scope.decode() if isinstance(scope, bytes) else scope
-        self.region = scope.split("/")[2]
+        self.region = re.findall(r"/\d{8}/([^/]+)/s3/", scope)[0]
         self.http = self.client._endpoint.http_session
 
     async def put(self, name: str, value: bytes, **headers: str) -> tuple[int, str]:
@@ -271,7 +271,7 @@ class Bucket:
         """Make the object; False when it was there with the same bytes (a replay, or our own
         upload whose answer was lost). Raises Conflict, S3Error, and what the connection raises."""
         code, text = await self.put(name, value, **{"If-None-Match": "*"})
-        if code == 200:
+        if 200 <= code < 300:
             return True
         if code != 412:
             raise S3Error(code, text)
@@ -656,8 +656,8 @@ class Sink(ConsumerRebalanceListener):
                 self.partitions[tp].committed = at.offset
 
     def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
-        """Finish what is under way and commit it. Not to wait in here is a rule of kafka-python
-        3; the commit travels before the request that gives the partitions up."""
+        """Finish what is under way and commit it; without waiting for the broker, which
+        kafka-python 3 forbids in here: the commit travels ahead of what gives the partitions up."""
         deadline = self.clock() + 2
         while self.busy() and not self.stats.holding and self.clock() < deadline:
             self.collect(0.1)
