@@ -401,8 +401,9 @@ run_unit() {
 
 enough_brokers() {
     local here
+    reachable "$PRIVATE_ADDRESS" 9093 || return 1 # cheaper to ask than what follows
     here="$(tool kafka-broker-api-versions.sh --bootstrap-server "$PRIVATE_ADDRESS:9093" 2>/dev/null | grep -c '(id: ' || true)"
-    ((here >= REPLICAS)) || { sleep 2 && false; }
+    ((here >= REPLICAS)) || { sleep 3 && false; }
 }
 
 start() {

@@ -50,7 +50,7 @@ class Machine:
     def enter(self) -> list[str]:
         return ["nsenter", f"--net=/proc/{self.holder.pid}/ns/net"]
 
-    def sh(self, script: str, *, check: bool = True, timeout: float = 300) -> str:
+    def sh(self, script: str, *, check: bool = True, timeout: float = 600) -> str:
         """Run a bash script there as root; its output, both streams together."""
         done = subprocess.run(
             [*self.enter, "bash", "-euo", "pipefail", "-c", script],
