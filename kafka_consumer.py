@@ -85,7 +85,11 @@ METRICS = (
     ("kafka_s3_retries_total", "Attempts that failed and were made again.", "retries"),
     ("kafka_s3_commits_total", "Offset commits acknowledged.", "commits"),
     ("kafka_s3_lag_records", "Records not yet done.", "lag", "partition"),
-    ("kafka_s3_upload_seconds", "From the start of an upload to S3's answer.", "upload_seconds"),
+    (
+        "kafka_s3_upload_seconds",
+        "From a record's start to S3's or the broker's answer.",
+        "upload_seconds",
+    ),
     ("kafka_s3_holding", "1 while S3 fails and the consumer holds its place.", "holding"),
     ("kafka_s3_holding_info", "Why it holds.", "holding_info", "reason"),
     ("kafka_s3_holds_total", "Times it began to hold.", "holds"),
