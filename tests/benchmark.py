@@ -113,7 +113,6 @@ def bare_send(bootstrap: str, topic: str, count: str) -> None:
         batch_size=2**17,
         **KAFKA,
     )
-    gc.freeze()
     for value in itertools.islice(itertools.cycle(values), int(count)):
         producer.send(topic, value)
     producer.flush()
