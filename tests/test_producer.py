@@ -284,7 +284,10 @@ ABC = [(None, b"a"), (b"k", b"b"), (None, b"c")]
 
 def test_rows_are_picked_at_random_with_replacement_without_end():
     assert inspect.isgenerator(sample(ABC, None))
-    counts = Counter(islice(sample(ABC, 1), 30_000))
+    picks = list(islice(sample(ABC, 1), 30_000))
+    rounds = [set(picks[at : at + 3]) for at in range(0, 30_000, 3)]
+    assert {len(each) for each in rounds} == {1, 2, 3}  # else without replacement
+    counts = Counter(picks)
     assert set(counts) == set(ABC)
     assert all(9_000 < count < 11_000 for count in counts.values())
     assert list(islice(sample(ABC[:1], None), 3)) == ABC[:1] * 3
