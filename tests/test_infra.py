@@ -86,14 +86,14 @@ def test_a_shell_script_can_be_run_and_says_how_it_is_used(script: Path) -> None
     assert os.access(script, os.X_OK)
     done = subprocess.run([script, "--help"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert f"Usage: {script.relative_to(ROOT)}" in done.stdout
+    assert re.match(rf"Usage: (\S+/)?{script.name}\b", done.stdout)
 
 
 @pytest.mark.parametrize("script", ["infra/demo.sh", "infra/venv.sh", "infra/setup_kafka.sh"])
 def test_a_shell_script_refuses_an_unknown_flag(script: str) -> None:
     done = subprocess.run([ROOT / script, "--what"], capture_output=True, text=True)
     assert done.returncode == 2
-    assert "Usage:" in done.stderr
+    assert "--what" in done.stderr or "Usage:" in done.stderr
 
 
 def test_data_excerpt_is_rows_of_numbers() -> None:
