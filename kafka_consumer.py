@@ -10,6 +10,11 @@ what is committed is the position below which nothing is open.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while the imports run, a second or two: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import asyncio
 import json
@@ -178,6 +183,7 @@ HINTS = {
     "ExpiredToken": _RENEW,
     "InvalidAccessKeyId": _RENEW,
     "InvalidToken": _RENEW,
+    "MessageSizeTooLargeError": "raise max.message.bytes of KAFKA_DLQ_TOPIC",
     "NoCredentialsError": _RENEW,
     "NoSuchBucket": "create it, or correct S3_BUCKET",
     "RequestTimeTooSkewed": "set this machine's clock",
@@ -501,10 +507,11 @@ class Sink(ConsumerRebalanceListener):
         """Records in order, {} while there is something to settle first."""
         self.polled_at = self.clock()
         try:
-            batches = self.consumer.poll(timeout_ms=timeout_ms, max_records=limit)
-        except OffsetOutOfRangeError:
-            self.out_of_range()
-            return {}
+            try:
+                batches = self.consumer.poll(timeout_ms=timeout_ms, max_records=limit)
+            except OffsetOutOfRangeError:
+                self.out_of_range()
+                return {}
         except KafkaError as error:
             if not isinstance(error, NoOffsetForPartitionError) and not _passing(error):
                 raise
@@ -782,6 +789,7 @@ class Audit:
         self.settings, self.bucket, self.stop = settings, bucket, stop
         self.ledgers: dict[int, Ledger] = {}
         self.counts: Counter[str] = Counter()
+        self.beyond: dict[str, tuple[int, int]] = {}  # objects past what was the topic's end
         self.said = time.monotonic()
 
     def run(self) -> int:
@@ -795,8 +803,9 @@ class Audit:
         )
         self.read_topic(consumer)
         self.read_letters(consumer)
-        consumer.close(autocommit=False)
         fsspec.asyn.sync(self.bucket.fs.loop, self.read_bucket)
+        self.look_again(consumer)
+        consumer.close(autocommit=False)
         for partition, ledger in self.ledgers.items():
             for first, last in ledger.missing():
                 text = f"{topic}/{partition} offsets {first} to {last}: no object, no dead letter"
@@ -925,9 +934,21 @@ class Audit:
             self.counts["objects that outlive their records"] += 1
         elif ledger and ledger.until <= offset < ledger.end:
             self.counts["objects beyond the committed position"] += 1
+        elif ledger and offset >= ledger.end:
+            self.beyond[key] = (int(match[1] or 0), offset)
         elif mark == Ledger.NONE:
             self.problem("stray", f"{key}: the topic has no such record")
         return True
+
+    def look_again(self, consumer: Any) -> None:
+        """Ask for the topic's end anew: records may have come, and been written, meanwhile."""
+        tps = [TopicPartition(self.settings.kafka_topic, p) for p in self.ledgers]
+        ends = {tp.partition: end for tp, end in consumer.end_offsets(tps).items()}
+        for key, (partition, offset) in self.beyond.items():
+            if offset < ends[partition]:
+                self.counts["objects beyond the committed position"] += 1
+            else:
+                self.problem("stray", f"{key}: the topic has no such record")
 
     async def compare(self, key: str) -> None:
         match = NAME.fullmatch(key, len(self.settings.s3_prefix))

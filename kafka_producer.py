@@ -7,6 +7,11 @@ Every message the broker did not acknowledge is either sent again, in order, or 
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while the imports run, a second or two: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import gc
 import json
@@ -297,7 +302,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             run(sender, sample(rows, settings.random_seed), args.max_messages, stop)
         finally:
-            status(log, "sent %d%s", sender.sent, sender.unsaid())
+            status(log, "sent %d", sender.sent)
+            if sender.waiting:
+                log.warning("%s", sender.unsaid().lstrip("; "))
             producer.close(timeout=0.5)
     except SettingsError as error:
         print(*error.args, sep="\n", file=sys.stderr)

@@ -1291,12 +1291,14 @@ class Audited:
         texts |= headers
         return self.values[0][offset], list(texts.items())
 
-    def run(self, stop=False):
+    def run(self, stop=False, meanwhile=lambda: None):
         audit = Audit(self.settings, self, SimpleNamespace(requested=stop))
         consumer = Sources(self)
         audit.read_topic(consumer)
         audit.read_letters(consumer)
         asyncio.run(audit.read_bucket())
+        meanwhile()
+        audit.look_again(consumer)
         audit.counts += {}  # only what is above zero
         missing = [r for ledger in audit.ledgers.values() for r in ledger.missing()]
         return audit.counts, missing
@@ -1455,6 +1457,12 @@ def test_the_audit_finds_a_stray_object(audited, name):
     counts, missing = audited.run()
     assert (counts["stray"], missing) == (1, [])
     assert f"STRAY: raw/{name}" in audited.lines("records")[0]
+
+
+def test_an_object_written_while_the_audit_runs_is_no_stray(audited):
+    audited.objects["raw/stock_market_20.json"] = b"{}"
+    counts, _ = audited.run(meanwhile=lambda: audited.values[0].append(b"{}"))
+    assert (counts["stray"], counts["objects beyond the committed position"]) == (0, 1)
 
 
 def test_objects_under_way_of_times_past_and_of_others_are_counted_and_no_problem(audited):
