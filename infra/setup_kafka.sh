@@ -444,7 +444,7 @@ make_sasl_user() {
 # A client also asks the other brokers of a cluster for metadata. Their public addresses may be closed
 # to this machine: it shall give each up quickly.
 client_properties() {
-    echo socket.connection.setup.timeout.ms=2000
+    echo socket.connection.setup.timeout.ms=3000
     [[ -n $TLS ]] || return 0
     printf '%s\n' security.protocol=SASL_SSL sasl.mechanism=SCRAM-SHA-512 ssl.truststore.type=PEM "ssl.truststore.location=$CONF/ca.pem" \
         "sasl.jaas.config=org.apache.kafka.common.security.scram.ScramLoginModule required username=\"$SASL_USER\" password=\"$(<"$SECURE/password")\";"

@@ -104,7 +104,8 @@ class Instance(Machine):
               mount -t overlay overlay /$folder \
                 -o lowerdir=/$folder,upperdir=/mnt/$folder/upper,workdir=/mnt/$folder/work
             done
-            rm -rf /etc/systemd/system/*
+            rm -rf /etc/systemd/system/* /etc/resolv.conf
+            echo "nameserver 127.0.0.1" > /etc/resolv.conf  # no name is known, and said at once
             exec cat
         """
         self.holder = hold(

@@ -469,7 +469,6 @@ def test_secured_broker_serves_those_with_the_password(
     output = instance.sh(SETUP)
     assert lines["KAFKA_SASL_PASSWORD"] in output and files(instance) == before
     assert lines["KAFKA_SASL_PASSWORD"] not in instance.sh("journalctl -u kafka -u zookeeper")
-    assert "FAIL" not in instance.sh(f"{SETUP} --check")
     # uninstalled and installed again it still knows its data and its password
     instance.sh(f"{SETUP} --uninstall")
     assert not instance.sh("find /opt /etc/systemd /usr/local/lib -name '*kafka*'")
