@@ -439,7 +439,7 @@ def test_memory_after_200_000_records(broker: Instance, pair: Pair) -> None:
 
 
 @pytest.fixture(scope="module")
-def secured(network: Network, distribution: Path) -> tuple[Instance, dict[str, str]]:
+def secured(network: Network, distribution: Path, mirror: Path) -> tuple[Instance, dict[str, str]]:
     """An instance set up with --secure from a file, and the lines that it prints for .env."""
     instance = network.instance("10.0.0.30", "203.0.113.30")
     output = instance.sh(f"KAFKA_TGZ={distribution}/{NAME}.tgz {SETUP} --secure")
