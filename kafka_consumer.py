@@ -868,8 +868,11 @@ class Audit:
             headers = dict(letter.headers)
             if headers.get("source.topic") != self.settings.kafka_topic.encode():
                 continue
-            ledger = self.ledgers.get(int(headers["source.partition"]))
-            offset = int(headers["source.offset"])
+            try:
+                ledger = self.ledgers.get(int(headers["source.partition"]))
+                offset = int(headers["source.offset"])
+            except (KeyError, TypeError, ValueError):
+                continue  # somebody else's letter
             mark = ledger.mark(offset) if ledger else Ledger.NONE
             if ledger and mark != Ledger.NONE and ledger.same(offset, digest(letter.value)):
                 # A crash between the letter and the commit sends it again.
