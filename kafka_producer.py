@@ -99,13 +99,14 @@ def read_rows(path: Path, key_column: str = "") -> list[Row]:
     if frame.empty:
         raise SettingsError(f"{where} has no rows")
     rows: list[Row] = []
+    encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
     names = [str(name) for name in frame.columns]
     for start in range(0, len(frame), 10_000):  # as Python objects, the whole would take 100 MB
         part = frame.iloc[start : start + 10_000].astype(object)
         for values in part.where(part.notna(), None).itertuples(index=False, name=None):
             row = dict(zip(names, values, strict=True))
             try:
-                text = json.dumps(row, ensure_ascii=False, allow_nan=False)
+                text = encode(row)
             except ValueError:
                 infinite = next(n for n, v in row.items() if v in (math.inf, -math.inf))
                 raise SettingsError(
