@@ -491,6 +491,7 @@ def make_producer(settings: Settings, **options: Any) -> KafkaProducer:
     timeout = settings.kafka_request_timeout_ms
     if "delivery_timeout_ms" in KafkaProducer.DEFAULT_CONFIG:
         options |= {"request_timeout_ms": timeout, "delivery_timeout_ms": _FOREVER}
+        options["enable_idempotence"] = False  # with it, one refused record ends the client
     else:
         options |= {
             "request_timeout_ms": _FOREVER,
