@@ -600,7 +600,9 @@ def check_kafka(settings: Settings) -> None:
             partitions = client.partitions_for_topic(settings.kafka_topic) or set()
             brokers = client._client.cluster.brokers()
             client.close()
-        except (KafkaError, OSError, ValueError, AssertionError) as error:
+        except KafkaError as error:
+            raise Failure(f"{silent} {type(error).__name__}: {error}{last.said()}") from None
+        except (OSError, ValueError, AssertionError) as error:
             raise Failure(f"{where}: {type(error).__name__}: {error}{last.said()}") from None
         # kafka-python 3 keeps the bootstrap addresses apart, and calls the field node_id.
         if all(str(getattr(broker, "nodeId", "")).startswith("bootstrap") for broker in brokers):

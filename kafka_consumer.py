@@ -163,6 +163,12 @@ def object_name(prefix: str, partition: int, offset: int) -> str:
     return f"{prefix}{folder}stock_market_{offset}.json"
 
 
+def about(record: Any) -> dict[str, Any]:
+    """What a log line about a record carries: topic, partition, offset, key."""
+    key = None if record.key is None else record.key.decode(errors="backslashreplace")
+    return dict(topic=record.topic, partition=record.partition, offset=record.offset, key=key)
+
+
 class S3Error(Exception):
     """S3's refusal: `code` as in its list of error responses."""
 
@@ -330,7 +336,9 @@ class Uploader:
         self.waiting: asyncio.Queue[Item] = asyncio.Queue()
         self.answering = asyncio.Event()  # cleared while S3 fails and one record is the probe
         self.answering.set()
-        self.answered = -math.inf  # when the last hold ended
+        self.began: float | None = None  # when the present hold began
+        self.said = self.answered = -math.inf  # when it was last said; when the last one ended
+        self.failing = "S3"
         self.letters: dict[tuple[int, int], Any] = {}
         self.lock = threading.Lock()
         self.producer: Any = None
@@ -361,12 +369,11 @@ class Uploader:
         while not partition.revoked:
             await self.answering.wait()
             outcome, error = await self.attempt(record)
-            if error is None:
-                return outcome
-            if self.answering.is_set():  # the first to fail tries for all of them
+            if error and self.answering.is_set():  # the first to fail tries for all of them
                 outcome = await self.hold(partition, record, error)
-                if outcome:
-                    return outcome
+            if outcome:
+                self.recovered(record)
+                return outcome
         return "revoked"
 
     async def attempt(self, record: Any) -> tuple[str, Exception | None]:
@@ -388,31 +395,29 @@ class Uploader:
     async def hold(self, partition: Partition, record: Any, error: Exception | None) -> str:
         """Try one record, with growing pauses, until it is done or revoked ("")."""
         self.answering.clear()
-        began = self.loop.time()
-        # A failure now and then (SlowDown) makes many short holds: of those that follow one
-        # another only one that lasts a second is said.
-        said = began - SAY_EVERY + (0 if began - self.answered > 5 else 1)
-        self.stats.holds += 1
-        pause, outcome, what = 0.05, "", "S3"
-        about = dict(topic=record.topic, partition=record.partition, offset=record.offset)
+        if self.began is None:  # else it goes on from the record of a partition given up
+            self.began = self.loop.time()
+            # A failure now and then (SlowDown) makes many short holds: of those that follow one
+            # another only one that lasts a second is said.
+            self.said = self.began - SAY_EVERY + (0 if self.began - self.answered > 5 else 1)
+            self.stats.holds += 1
+        self.failing = f"topic {self.settings.kafka_dlq_topic}" if flaw(record.value) else "S3"
+        pause, outcome = 0.05, ""
         try:
             while error is not None and not partition.revoked:
                 self.stats.reason = code_of(error)
                 now = self.loop.time()
-                if now - said >= SAY_EVERY:
-                    what = f"topic {self.settings.kafka_dlq_topic}" if flaw(record.value) else "S3"
+                if now - self.said >= SAY_EVERY:
                     log.warning(
                         "%s failing, %sholding at %s/%d/%d: %s; nothing is skipped",
-                        what,
-                        "" if now - began < 2 else f"still after {now - began:.0f} s, ",
-                        record.topic,
-                        record.partition,
-                        record.offset,
+                        self.failing,
+                        "" if now - self.began < 2 else f"still after {now - self.began:.0f} s, ",
+                        *(record.topic, record.partition, record.offset),
                         explain(error),
-                        extra=about,
+                        extra=about(record),
                         exc_info=None if isinstance(error, _KNOWN) else error,
                     )
-                    said = now
+                    self.said = now
                 await asyncio.sleep(pause * random.uniform(0.5, 1))
                 pause = min(2 * pause, LONGEST_PAUSE)
                 if HINTS.get(code_of(error)) == _RENEW:
@@ -420,11 +425,18 @@ class Uploader:
                 outcome, error = await self.attempt(record)
         finally:
             self.stats.reason = ""
-            self.answered = self.loop.time()
             self.answering.set()
-        if outcome and said >= began:
-            log.warning("%s answers again after %.1f s", what, self.answered - began, extra=about)
         return outcome
+
+    def recovered(self, record: Any) -> None:
+        """A record is done: if there was a hold, it is over."""
+        if self.began is None or not self.answering.is_set():
+            return
+        self.answered = self.loop.time()
+        if self.said >= self.began:
+            text = "%s answers again after %.1f s"
+            log.warning(text, self.failing, self.answered - self.began, extra=about(record))
+        self.began = None
 
     async def reopen(self) -> None:
         """Look for renewed credentials: a session keeps those it has found for ever."""
@@ -623,26 +635,22 @@ class Sink(ConsumerRebalanceListener):
             return
         partition.open.pop(record.offset, None)
         self.stats.last_success = time.time()
-        key = None if record.key is None else record.key.decode(errors="backslashreplace")
-        about = dict(topic=record.topic, partition=record.partition, offset=record.offset, key=key)
+        extra = about(record)
         if outcome == "dead":
             self.stats.dead_letters += 1
             log.warning(
                 "dead letter: %s/%d/%d (key %s) to %s: %s",
-                record.topic,
-                record.partition,
-                record.offset,
-                key,
+                *extra.values(),
                 self.settings.kafka_dlq_topic,
                 flaw(record.value),
-                extra=about,
+                extra=extra,
             )
             return
         self.stats.written += 1
         self.stats.replays += outcome == "replayed"
         self.stats.bytes += len(record.value)
         name = object_name(self.settings.s3_prefix, record.partition, record.offset)
-        records.info("Upload Successfully: s3://%s/%s", self.settings.s3_bucket, name, extra=about)
+        records.info("Upload Successfully: s3://%s/%s", self.settings.s3_bucket, name, extra=extra)
 
     def ready(self) -> dict[TopicPartition, OffsetAndMetadata]:
         positions = {tp: p.done() for tp, p in self.partitions.items() if p.done() != p.committed}
@@ -678,6 +686,8 @@ class Sink(ConsumerRebalanceListener):
             partition.revoked = True
         self.partitions.clear()
         self.fresh.clear()
+        # kafka-python 3 forgets a join that outlasts the poll it began in, unless it is asked for.
+        self.consumer._coordinator.request_rejoin()
 
     def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
         self.fresh = set(assigned)

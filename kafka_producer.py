@@ -22,6 +22,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -306,7 +307,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             status(log, "sent %d", sender.sent)
             if sender.waiting:
                 log.warning("%s", sender.unsaid().lstrip("; "))
-            producer.close(timeout=0.5)
+            with suppress(KafkaTimeoutError):  # said above
+                producer.close(timeout=0.5)
     except SettingsError as error:
         print(*error.args, sep="\n", file=sys.stderr)
         return 2

@@ -773,6 +773,10 @@ class Topic:
     def commit_async(self, offsets):
         self.commit(offsets)
 
+    @property
+    def _coordinator(self):
+        return SimpleNamespace(request_rejoin=lambda: None)
+
     def committed(self, tp):
         self._raise("committed")
         return self.group.get(tp)
