@@ -586,6 +586,8 @@ def main() -> int:
 if __name__ == "__main__":
     if len(sys.argv) > 1:  # a part, as a process of its own
         parts = {part.__name__: part for part in (original, bare_s3fs, bare_send, serve_s3)}
+        if sys.argv[1] not in parts:
+            sys.exit(__doc__)
         parts[sys.argv[1]](*sys.argv[2:])
     else:
         sys.exit(main())
