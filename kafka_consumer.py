@@ -1045,7 +1045,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             session_timeout_ms=6000,  # the broker's minimum: how long a killed member is missed
             heartbeat_interval_ms=2000,
             request_timeout_ms=max(7000, settings.kafka_request_timeout_ms),  # above the session's
-            retry_backoff_ms=10,  # also how long a poll can be held up by the heartbeat thread
+            retry_backoff_ms=2,  # also how long a poll can be held up by the heartbeat thread
             max_partition_fetch_bytes=2**18,  # 10 MB less memory, no slower; a larger one comes
         )
         uploader = Uploader(settings, bucket, stats)
