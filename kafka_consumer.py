@@ -420,7 +420,7 @@ class Uploader:
                     self.said = now
                 await asyncio.sleep(pause * random.uniform(0.5, 1))
                 pause = min(2 * pause, LONGEST_PAUSE)
-                if HINTS.get(code_of(error)) == _RENEW:
+                if HINTS.get(code_of(error)) == _RENEW and pause > 0.1:  # not for a single refusal
                     await self.reopen()
                 outcome, error = await self.attempt(record)
         finally:
