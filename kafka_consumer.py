@@ -54,7 +54,6 @@ from kafka.errors import (
 from s3fs import S3FileSystem
 
 from config import (
-    Durations,
     Failure,
     NoOffsetForPartitionError,
     Settings,
@@ -65,7 +64,6 @@ from config import (
     make_producer,
     positive,
     records,
-    serve_metrics,
     setup_logging,
     status,
     within,
@@ -82,29 +80,10 @@ SAY_EVERY = 30.0  # s
 
 NAME = re.compile(r"(?:partition=([1-9][0-9]*)/)?stock_market_(0|[1-9][0-9]*)\.json")
 
-METRICS = (
-    ("kafka_s3_records_written_total", "Records whose object exists.", "written"),
-    ("kafka_s3_bytes_written_total", "Bytes of those objects.", "bytes"),
-    ("kafka_s3_replays_total", "Objects already there with the same bytes.", "replays"),
-    ("kafka_s3_dead_letters_total", "Records sent to the dead letter topic.", "dead_letters"),
-    ("kafka_s3_retries_total", "Attempts that failed and were made again.", "retries"),
-    ("kafka_s3_commits_total", "Offset commits acknowledged.", "commits"),
-    ("kafka_s3_lag_records", "Records not yet done.", "lag", "partition"),
-    (
-        "kafka_s3_upload_seconds",
-        "From a record's start to S3's or the broker's answer.",
-        "upload_seconds",
-    ),
-    ("kafka_s3_holding", "1 while S3 fails and the consumer holds its place.", "holding"),
-    ("kafka_s3_holding_info", "Why it holds.", "holding_info", "reason"),
-    ("kafka_s3_holds_total", "Times it began to hold.", "holds"),
-    ("kafka_s3_last_success_timestamp_seconds", "Last record done.", "last_success"),
-)
-
 
 @dataclass
 class Stats:
-    """What is counted, for the status line and METRICS."""
+    """What is counted, for the status line and the exporter of metrics."""
 
     written: int = 0
     bytes: int = 0
@@ -113,22 +92,15 @@ class Stats:
     retries: int = 0
     commits: int = 0
     holds: int = 0
-    reason: str = ""  # while holding: the error's code, a label of few values
+    # While holding: the error's code, a label of few values, by partition.
+    holding: dict[int, str] = field(default_factory=dict)
     last_success: float = 0.0
     lag: dict[int, int] = field(default_factory=dict)
-    upload_seconds: Durations = field(default_factory=Durations)
+    observe_upload: Callable[[float], object] = lambda seconds: None
 
     @property
     def done(self) -> int:
         return self.written + self.dead_letters
-
-    @property
-    def holding(self) -> bool:
-        return bool(self.reason)
-
-    @property
-    def holding_info(self) -> dict[str, int]:
-        return {self.reason: 1} if self.reason else {}
 
 
 # ---------------------------------------------------------------------------- records and objects
@@ -389,7 +361,7 @@ class Uploader:
         except Exception as error:  # of any kind: see promise 4
             self.stats.retries += 1
             return "", error
-        self.stats.upload_seconds.add(self.loop.time() - began)
+        self.stats.observe_upload(self.loop.time() - began)
         return "written" if new else "replayed", None
 
     async def hold(self, partition: Partition, record: Any, error: Exception | None) -> str:
@@ -405,7 +377,7 @@ class Uploader:
         pause, outcome = 0.05, ""
         try:
             while error is not None and not partition.revoked:
-                self.stats.reason = code_of(error)
+                self.stats.holding = {record.partition: code_of(error)}
                 now = self.loop.time()
                 if now - self.said >= SAY_EVERY:
                     log.warning(
@@ -424,7 +396,7 @@ class Uploader:
                     await self.reopen()
                 outcome, error = await self.attempt(record)
         finally:
-            self.stats.reason = ""
+            self.stats.holding = {}
             self.answering.set()
         return outcome
 
@@ -742,7 +714,7 @@ def run(sink: Sink, stop: Stop) -> None:
                     sum(stats.lag.values()),
                     stats.retries,
                     stats.dead_letters,
-                    f" | HOLDING: {stats.reason}" if stats.holding else "",
+                    f" | HOLDING: {', '.join(stats.holding.values())}" if stats.holding else "",
                 )
                 shown, before = now, stats.written
     finally:
@@ -1036,7 +1008,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise Failure(f"S3_BUCKET={settings.s3_bucket}: --audit needs s3:ListBucket")
             return Audit(settings, bucket, stop).run()
         stats = Stats()
-        serve_metrics(settings, METRICS, stats)
+        if settings.metrics_port is not None:
+            from infra.monitoring import exporter
+
+            exporter.serve_consumer(settings, stats)
         consumer = KafkaConsumer(
             **settings.kafka(),
             group_id=settings.kafka_group_id,
