@@ -41,7 +41,6 @@ from config import (
     make_producer,
     positive,
     records,
-    serve_metrics,
     setup_logging,
     status,
 )
@@ -55,14 +54,6 @@ Row = tuple[bytes | None, bytes]  # key, value
 
 WHOLE = r"[+-]?[0-9]{1,4000}"  # of more digits Python makes no int
 NUMBER = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
-
-METRICS = (
-    ("kafka_csv_records_sent_total", "Records the broker acknowledged.", "sent"),
-    ("kafka_csv_records_failed_total", "Records the broker refused.", "failed"),
-    ("kafka_csv_rate", "Messages a second asked for; 0: as fast as possible.", "rate"),
-    ("kafka_csv_unacknowledged_records", "Sent and not yet acknowledged.", "waiting"),
-    ("kafka_csv_last_success_timestamp_seconds", "Last acknowledgement.", "last_success"),
-)
 
 
 def read_rows(path: Path, key_column: str = "") -> list[Row]:
@@ -300,7 +291,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         producer = make_producer(settings, linger_ms=linger, batch_size=2**17)
         sender = Sender(producer, settings.kafka_topic, rate)
         stop.farewell = sender.unsaid
-        serve_metrics(settings, METRICS, sender)
+        if settings.metrics_port is not None:
+            from infra.monitoring import exporter
+
+            exporter.serve_producer(settings, sender)
         try:
             run(sender, sample(rows, settings.random_seed), args.max_messages, stop)
         finally:
