@@ -32,7 +32,8 @@ from dotenv.parser import parse_stream
 from kafka import KafkaConsumer, KafkaProducer, codec
 from kafka.errors import KafkaError
 
-# What differs between kafka-python-ng and kafka-python 3 is here and in `make_producer`.
+# What differs between kafka-python-ng and kafka-python 3 is here, in `_mark_markers` and in
+# `make_producer`.
 try:
     from kafka import KafkaClient
     from kafka.consumer.fetcher import NoOffsetForPartitionError
@@ -53,6 +54,51 @@ class SettingsError(Exception):
 class Failure(Exception):
     """What a user can cause or meet while running: one line that says what, with which value,
     and what to try. Exit code 1."""
+
+
+# --------------------------------------------------------------------------------------- errors
+
+RENEW = "check or renew the AWS credentials"
+NOT_S3 = "that is no answer of S3: is S3_ENDPOINT_URL right, is a proxy in between?"
+HINTS = {
+    "AccessDenied": "does the policy allow s3:PutObject, s3:GetObject and s3:ListBucket here?",
+    "EndpointConnectionError": "see S3_ENDPOINT_URL; is the server up?",
+    "ExpiredToken": RENEW,
+    "InvalidAccessKeyId": RENEW,
+    "InvalidToken": RENEW,
+    "MessageSizeTooLargeError": "raise max.message.bytes of KAFKA_DLQ_TOPIC",
+    "NoCredentialsError": RENEW,
+    "NoSuchBucket": "create it, or correct S3_BUCKET",
+    "RequestTimeTooSkewed": "set this machine's clock",
+    "ResponseParserError": NOT_S3,
+    "SignatureDoesNotMatch": RENEW,
+    "TokenRefreshRequired": RENEW,
+}
+
+
+def _s3_error(error: BaseException) -> dict[str, Any]:
+    """S3's own error in a botocore ClientError (the producer does not import botocore)."""
+    response = getattr(error, "response", None)
+    return response.get("Error", {}) if isinstance(response, dict) else {}
+
+
+def code_of(error: BaseException) -> str:
+    """A short name of an error: S3's own code where there is one."""
+    code = _s3_error(error).get("Code") or getattr(error, "code", None)
+    return str(code or type(error).__name__)
+
+
+def explain(error: BaseException) -> str:
+    """An error in one line, with what to try where that is known."""
+    code = code_of(error)
+    message = _s3_error(error).get("Message", str(error))
+    if isinstance(error, TimeoutError):
+        message = "no answer in time"
+    # A status in the place of a code: the answer had no error of S3 in it.
+    hint = NOT_S3 if code.isdecimal() else HINTS.get(code)
+    if hint:
+        message = f"{message} ({hint})"
+    return " ".join(f"{code}: {message}".split())
 
 
 # ------------------------------------------------------------------------------------- settings
@@ -477,6 +523,46 @@ def serve_metrics(settings: Settings, metrics: tuple[tuple[str, ...], ...], stat
 
 
 # ---------------------------------------------------------------------------------------- Kafka
+
+
+class TransactionMarker(bytes):
+    """The key of a record that no application sent: the broker's note in the log that a
+    transaction was committed or aborted there. It takes an offset of its own."""
+
+
+def is_marker(record: Any) -> bool:
+    """Whether a record that a consumer delivered is a transaction marker.
+
+    The broker says so in the header of the batch alone; a record of an application can have any
+    key and value, those of a marker too.
+    """
+    return isinstance(record.key, TransactionMarker)
+
+
+def _mark_markers() -> None:
+    """Make kafka-python-ng tell markers from records: it delivers both alike. (kafka-python 3
+    delivers no markers.) They cannot be left out here: the client's position moves past what it
+    delivers only, and would stay before a marker for ever."""
+    from kafka.record import memory_records
+    from kafka.record.default_records import DefaultRecord, DefaultRecordBatch
+
+    def as_marker(record: Any) -> Any:
+        times = record.timestamp, record.timestamp_type
+        key = TransactionMarker(record.key or b"")
+        return DefaultRecord(record.offset, *times, key, record.value, record.headers)
+
+    class Batch(DefaultRecordBatch):
+        __slots__ = ()
+
+        def __iter__(self) -> Iterator[Any]:
+            records = super().__iter__()
+            return map(as_marker, records) if self.is_control_batch else records
+
+    memory_records.DefaultRecordBatch = Batch
+
+
+if KafkaClient:
+    _mark_markers()
 
 _FOREVER = 2**31 - 1  # ms, the most that the protocol's fields take
 

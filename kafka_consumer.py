@@ -26,11 +26,9 @@ import re
 import sys
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from hashlib import md5
 from typing import Any
 from urllib.parse import quote
 
@@ -54,6 +52,8 @@ from kafka.errors import (
 from s3fs import S3FileSystem
 
 from config import (
+    HINTS,
+    RENEW,
     Durations,
     Failure,
     NoOffsetForPartitionError,
@@ -61,7 +61,9 @@ from config import (
     SettingsError,
     Stop,
     check_kafka,
+    code_of,
     environment,
+    explain,
     make_producer,
     positive,
     records,
@@ -79,8 +81,6 @@ COMMIT_EVERY = 0.1  # s
 PATIENCE = 3.0  # s that S3 may take, and as long again for each 150 kB
 LONGEST_PAUSE = 1.0  # s between attempts while S3 fails; with PATIENCE under the 5 s of DESIGN
 SAY_EVERY = 30.0  # s
-
-NAME = re.compile(r"(?:partition=([1-9][0-9]*)/)?stock_market_(0|[1-9][0-9]*)\.json")
 
 METRICS = (
     ("kafka_s3_records_written_total", "Records whose object exists.", "written"),
@@ -180,40 +180,6 @@ class S3Error(Exception):
 
 class Conflict(Failure):
     """An object is there with other bytes."""
-
-
-_RENEW = "check or renew the AWS credentials"
-HINTS = {
-    "AccessDenied": "does the policy allow s3:PutObject and s3:GetObject here?",
-    "EndpointConnectionError": "see S3_ENDPOINT_URL; is the server up?",
-    "ExpiredToken": _RENEW,
-    "InvalidAccessKeyId": _RENEW,
-    "InvalidToken": _RENEW,
-    "MessageSizeTooLargeError": "raise max.message.bytes of KAFKA_DLQ_TOPIC",
-    "NoCredentialsError": _RENEW,
-    "NoSuchBucket": "create it, or correct S3_BUCKET",
-    "RequestTimeTooSkewed": "set this machine's clock",
-    "SignatureDoesNotMatch": _RENEW,
-    "TokenRefreshRequired": _RENEW,
-}
-
-
-def code_of(error: BaseException) -> str:
-    """A short name of an error: S3's own code where there is one."""
-    if isinstance(error, ClientError):
-        return str(error.response.get("Error", {}).get("Code", "ClientError"))
-    return getattr(error, "code", None) or type(error).__name__
-
-
-def explain(error: BaseException) -> str:
-    """An error in one line, with what to try where that is known."""
-    code, message = code_of(error), str(error)
-    if isinstance(error, ClientError):
-        message = error.response.get("Error", {}).get("Message", message)
-    elif isinstance(error, TimeoutError):
-        message = "no answer in time"
-    hint = f" ({HINTS[code]})" if code in HINTS else ""
-    return " ".join(f"{code}: {message}{hint}".split())
 
 
 def patience(value: bytes) -> float:
@@ -420,7 +386,7 @@ class Uploader:
                     self.said = now
                 await asyncio.sleep(pause * random.uniform(0.5, 1))
                 pause = min(2 * pause, LONGEST_PAUSE)
-                if HINTS.get(code_of(error)) == _RENEW and pause > 0.1:  # not for a single refusal
+                if HINTS.get(code_of(error)) == RENEW and pause > 0.1:  # not for a single refusal
                     await self.reopen()
                 outcome, error = await self.attempt(record)
         finally:
@@ -755,223 +721,6 @@ def run(sink: Sink, stop: Stop) -> None:
         status(log, "written %d, dead-lettered %d", stats.written, stats.dead_letters)
 
 
-# -------------------------------------------------------------------------------------- the audit
-
-
-class Ledger:
-    """One partition's records from `begin` to `until`: a mark and 16 bytes of MD5 each."""
-
-    NONE, RECORD, OBJECT, LETTER = range(4)
-
-    def __init__(self, begin: int, until: int, end: int) -> None:
-        self.begin, self.until, self.end = begin, max(begin, until), end
-        self.marks = bytearray(self.until - begin)
-        self.digests = bytearray(16 * len(self.marks))
-
-    def write(self, offset: int, value: bytes | None) -> None:
-        at = offset - self.begin
-        self.marks[at] = self.RECORD
-        self.digests[16 * at : 16 * at + 16] = digest(value)
-
-    def mark(self, offset: int) -> int:
-        """What is known of an offset; NONE also for one outside the range."""
-        return self.marks[offset - self.begin] if self.begin <= offset < self.until else self.NONE
-
-    def same(self, offset: int, found: bytes) -> bool:
-        at = 16 * (offset - self.begin)
-        return self.digests[at : at + 16] == found
-
-    def missing(self) -> Iterator[tuple[int, int]]:
-        """Ranges (first, last) of records with neither object nor dead letter."""
-        for match in re.finditer(b"\x01+", self.marks):
-            yield self.begin + match.start(), self.begin + match.end() - 1
-
-
-def digest(value: bytes | None) -> bytes:
-    """What a ledger keeps of a value; zeros for null."""
-    return bytes(16) if value is None else md5(value, usedforsecurity=False).digest()
-
-
-class Audit:
-    """Compares topic, dead letter topic and bucket; writes to none of them."""
-
-    def __init__(self, settings: Settings, bucket: Bucket, stop: Stop) -> None:
-        self.settings, self.bucket, self.stop = settings, bucket, stop
-        self.ledgers: dict[int, Ledger] = {}
-        self.counts: Counter[str] = Counter()
-        self.beyond: dict[str, tuple[int, int]] = {}  # objects past what was the topic's end
-        self.said = time.monotonic()
-
-    def run(self) -> int:
-        """Print every problem, then what was checked; returns the exit code. Raises Failure."""
-        topic = self.settings.kafka_topic
-        consumer = KafkaConsumer(
-            **self.settings.kafka(),
-            group_id=self.settings.kafka_group_id,
-            enable_auto_commit=False,
-            auto_offset_reset="earliest",
-        )
-        self.read_topic(consumer)
-        self.read_letters(consumer)
-        fsspec.asyn.sync(self.bucket.fs.loop, self.read_bucket)
-        self.look_again(consumer)
-        consumer.close(autocommit=False)
-        for partition, ledger in self.ledgers.items():
-            for first, last in ledger.missing():
-                text = f"{topic}/{partition} offsets {first} to {last}: no object, no dead letter"
-                self.problem("missing", text, last - first + 1)
-            for mark, kind in ((Ledger.OBJECT, "objects"), (Ledger.LETTER, "dead letters")):
-                self.counts[kind] += ledger.marks.count(mark)
-            checked = len(ledger.marks) - ledger.marks.count(Ledger.NONE)
-            records.info(
-                "checked %s/%d: %d records, offsets %d up to the committed position %d (end %d)",
-                *(topic, partition, checked, ledger.begin, ledger.until, ledger.end),
-            )
-        problems = [k for k in ("missing", "different", "stray") if self.counts[k]]
-        verdict = ", ".join(f"{self.counts.pop(kind)} {kind}" for kind in problems)
-        counts = ", ".join(f"{count} {kind}" for kind, count in self.counts.items() if count)
-        records.info(
-            "audit: %s: %s",
-            counts or "no records",
-            verdict or "nothing missing, nothing twice, every byte the same",
-        )
-        return 1 if problems else 0
-
-    def problem(self, kind: str, text: str, count: int = 1) -> None:
-        self.counts[kind] += count
-        records.info("%s: %s", kind.upper(), text)
-
-    def progress(self, text: str, *args: object) -> None:
-        if self.stop.requested:
-            raise Failure("the audit was stopped before its end: nothing is proven")
-        if time.monotonic() - self.said > 2:
-            self.said = time.monotonic()
-            status(log, text, *args)
-
-    def read_topic(self, consumer: Any) -> None:
-        """Fill a ledger for each partition, up to the group's committed position."""
-        topic, group = self.settings.kafka_topic, self.settings.kafka_group_id
-        tps = [TopicPartition(topic, p) for p in sorted(consumer.partitions_for_topic(topic))]
-        begins, ends = consumer.beginning_offsets(tps), consumer.end_offsets(tps)
-        committed = {tp: consumer.committed(tp) for tp in tps}
-        if all(position is None for position in committed.values()):
-            raise Failure(
-                f"KAFKA_GROUP_ID={group} has no committed position on topic {topic}: nothing to"
-                " audit; is this the consumer's group?"
-            )
-        for tp, position in committed.items():
-            if position is not None and position > ends[tp]:
-                text = f"{topic}/{tp.partition}: committed {position}, but the end is {ends[tp]}"
-                self.problem("missing", text, position - ends[tp])
-            until = min(position or 0, ends[tp])
-            self.ledgers[tp.partition] = Ledger(begins[tp], until, ends[tp])
-        ranges = {tp: (begins[tp], self.ledgers[tp.partition].until) for tp in tps}
-        for record in self.read(consumer, ranges):
-            self.ledgers[record.partition].write(record.offset, record.value)
-
-    def read_letters(self, consumer: Any) -> None:
-        """Mark the records that are in the dead letter topic, with their bytes."""
-        topic = self.settings.kafka_dlq_topic
-        tps = [TopicPartition(topic, p) for p in consumer.partitions_for_topic(topic) or ()]
-        begins, ends = consumer.beginning_offsets(tps), consumer.end_offsets(tps)
-        for letter in self.read(consumer, {tp: (begins[tp], ends[tp]) for tp in tps}):
-            headers = dict(letter.headers)
-            if headers.get("source.topic") != self.settings.kafka_topic.encode():
-                continue
-            try:
-                ledger = self.ledgers.get(int(headers["source.partition"]))
-                offset = int(headers["source.offset"])
-            except (KeyError, TypeError, ValueError):
-                continue  # somebody else's letter
-            mark = ledger.mark(offset) if ledger else Ledger.NONE
-            if ledger and mark != Ledger.NONE and ledger.same(offset, digest(letter.value)):
-                # A crash between the letter and the commit sends it again.
-                self.counts["dead letters sent again"] += mark == Ledger.LETTER
-                ledger.marks[offset - ledger.begin] = Ledger.LETTER
-
-    def read(self, consumer: Any, ranges: dict[Any, tuple[int, int]]) -> Iterator[Any]:
-        """Every record from begin up to until. Raises Failure when the topic gives no more."""
-        left = {tp: until for tp, (begin, until) in ranges.items() if begin < until}
-        total = sum(until - ranges[tp][0] for tp, until in left.items())
-        count, at = 0, time.monotonic()
-        consumer.assign(list(left))
-        for tp in left:
-            consumer.seek(tp, ranges[tp][0])
-        while left:
-            for tp, batch in consumer.poll(timeout_ms=500).items():
-                at = time.monotonic()
-                wanted = [record for record in batch if record.offset < ranges[tp][1]]
-                count += len(wanted)
-                yield from wanted
-            left = {tp: until for tp, until in left.items() if consumer.position(tp) < until}
-            if time.monotonic() - at > 30:
-                raise Failure(f"no more records of {sorted(left)} came for 30 s: audit ended")
-            self.progress("audit: read %d of %d records", count, total)
-
-    async def read_bucket(self) -> None:
-        """Stream the listing past the ledgers, a page at a time; read only what it leaves open."""
-        prefix, listed = self.settings.s3_prefix, 0
-        paginator = self.bucket.client.get_paginator("list_objects_v2")
-        async for page in paginator.paginate(Bucket=self.bucket.name, Prefix=prefix):
-            entries = page.get("Contents", [])
-            unsure = [entry["Key"] for entry in entries if not self.settled(entry)]
-            for start in range(0, len(unsure), 64):
-                await asyncio.gather(*map(self.compare, unsure[start : start + 64]))
-            listed += len(entries)
-            self.progress("audit: listed %d objects", listed)
-
-    def settled(self, entry: dict[str, Any]) -> bool:
-        """Book an object of the listing; False when it has to be read, since not every ETag is
-        the MD5 of the bytes (multipart uploads, KMS)."""
-        key = entry["Key"]
-        match = NAME.fullmatch(key, len(self.settings.s3_prefix))
-        if not match:
-            if key.startswith(("stock_market_", "partition="), len(self.settings.s3_prefix)):
-                self.problem("stray", f"{key}: no record has this name")
-            else:
-                self.counts["other objects under the prefix"] += 1
-            return True
-        ledger, offset = self.ledgers.get(int(match[1] or 0)), int(match[2])
-        mark = ledger.mark(offset) if ledger else Ledger.NONE
-        if ledger and mark == Ledger.RECORD:
-            try:
-                same = ledger.same(offset, bytes.fromhex(entry["ETag"].strip('"')))
-            except ValueError:
-                same = False
-            if same:
-                ledger.marks[offset - ledger.begin] = Ledger.OBJECT
-            return same
-        if mark == Ledger.LETTER:
-            self.problem("stray", f"{key}: its record is a dead letter too")
-        elif ledger and offset < ledger.begin:
-            self.counts["objects that outlive their records"] += 1
-        elif ledger and ledger.until <= offset < ledger.end:
-            self.counts["objects beyond the committed position"] += 1
-        elif ledger and offset >= ledger.end:
-            self.beyond[key] = (int(match[1] or 0), offset)
-        elif mark == Ledger.NONE:
-            self.problem("stray", f"{key}: the topic has no such record")
-        return True
-
-    def look_again(self, consumer: Any) -> None:
-        """Ask for the topic's end anew: records may have come, and been written, meanwhile."""
-        tps = [TopicPartition(self.settings.kafka_topic, p) for p in self.ledgers]
-        ends = {tp.partition: end for tp, end in consumer.end_offsets(tps).items()}
-        for key, (partition, offset) in self.beyond.items():
-            if offset < ends[partition]:
-                self.counts["objects beyond the committed position"] += 1
-            else:
-                self.problem("stray", f"{key}: the topic has no such record")
-
-    async def compare(self, key: str) -> None:
-        match = NAME.fullmatch(key, len(self.settings.s3_prefix))
-        assert match
-        ledger, offset = self.ledgers[int(match[1] or 0)], int(match[2])
-        if not ledger.same(offset, digest(await self.bucket.get(key))):
-            self.problem("different", f"{key}: other bytes than its record")
-        ledger.marks[offset - ledger.begin] = Ledger.OBJECT
-
-
 # ------------------------------------------------------------------------------------------ start
 
 
@@ -1027,14 +776,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = Settings.from_env(environment({}), required="S3_BUCKET")
         setup_logging(settings)
         stop = Stop()
+        if args.audit:
+            from infra import audit
+
+            return audit.run(settings, stop)
         check_kafka(settings)
         bucket = Bucket(settings)
-        listed = check_bucket(bucket)
-        if args.audit:
-            stop.code = 1  # an audit that was stopped has proven nothing
-            if not listed:
-                raise Failure(f"S3_BUCKET={settings.s3_bucket}: --audit needs s3:ListBucket")
-            return Audit(settings, bucket, stop).run()
+        check_bucket(bucket)
         stats = Stats()
         serve_metrics(settings, METRICS, stats)
         consumer = KafkaConsumer(
