@@ -1,18 +1,24 @@
 """The audit: clean is clean, and what is wrong is named."""
 
 import asyncio
+import json
 import logging
-from hashlib import md5
+import random
+import re
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from hashlib import md5, sha256
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given
+from hypothesis import settings as with_settings
 from hypothesis import strategies as st
 from kafka import OffsetAndMetadata
 
 from config import Failure, Settings, TransactionMarker
-from infra.audit import NAME, Audit, Ledger, digest
+from infra.audit import NAME, Audit, Ledger, Seal, Verify, digest, lost_ranges
 from kafka_consumer import object_name
 
 
@@ -99,6 +105,9 @@ def test_a_group_behind_retention_has_an_empty_ledger():
     assert (len(ledger.marks), list(ledger.missing()), 7 in ledger) == (0, [], False)
 
 
+LONG_AGO = datetime(2026, 1, 1, tzinfo=UTC)
+
+
 class Audited:
     """A topic, its dead letters and a bucket, with a record of every kind; what is in them can be
     spoilt before `run`."""
@@ -122,27 +131,50 @@ class Audited:
         }
         self.etag = lambda value: f'"{md5(value).hexdigest()}"'
         self.read = []
+        self.modified = {}  # key -> time, of what was not there from the beginning
 
     def letter(self, offset, **headers):
         texts = {"source.topic": b"test", "source.partition": b"0", "source.offset": b"%d" % offset}
         texts |= headers
         return self.values[0][offset], list(texts.items())
 
-    def run(self, stop=False):
+    def run(self, stop=False, sealing=False):
         """(exit code, what was printed)."""
+        stop = SimpleNamespace(requested=stop)
+        return self.said(Audit(self.settings, self, Sources(self), stop, sealing).run())
+
+    def seal(self):
+        return self.run(sealing=True)
+
+    def verify(self, root=None):
+        return self.said(Verify(self.settings, self, SimpleNamespace(requested=False)).run(root))
+
+    def said(self, proof):
         before = len(self.lines("records"))
-        audit = Audit(self.settings, self, Sources(self), SimpleNamespace(requested=stop))
-        code = asyncio.run(audit.run())
+        code = asyncio.run(proof)
         return code, "\n".join(self.lines("records")[before:])
 
-    # As a bucket:
-    name = "bucket"
+    def put(self, key, value, days=1):
+        """Change an object, so many days from now."""
+        self.objects[key] = value
+        self.modified[key] = datetime.now(UTC) + timedelta(days=days)
 
-    async def pages(self):
-        names = sorted(name for name in self.objects if name.startswith("raw/"))
+    # As a bucket:
+    name = where = "bucket"
+
+    async def create(self, key, value):
+        if self.objects.setdefault(key, value) != value:
+            raise Failure("another audit has made it")
+
+    async def pages(self, Prefix="raw/"):
+        names = sorted(name for name in self.objects if name.startswith(Prefix))
         for start in range(0, len(names), 5):
             yield [
-                {"Key": name, "ETag": self.etag(self.objects[name])}
+                {
+                    "Key": name,
+                    "ETag": self.etag(self.objects[name]),
+                    "LastModified": self.modified.get(name, LONG_AGO),
+                }
                 for name in names[start : start + 5]
             ]
         self.meanwhile()
@@ -396,3 +428,426 @@ def test_an_object_at_the_offset_of_a_marker_is_a_stray(audited):
     code, said = audited.run()
     assert code == 1
     assert "STRAY: raw/stock_market_2.json: at its offset is a transaction marker" in said
+
+
+# --------------------------------------------------------------------------- what the audit knows
+
+
+def test_what_the_consumer_notes_with_its_commit_is_read():
+    assert lost_ranges("lost 100-199") == [(100, 199)]
+    assert lost_ranges("lost 0-0,5-7") == [(0, 0), (5, 7)]
+    for other in ("", None, "lost", "lost 5", "lost 5-6,", "somebody's note", "lost 5-6 and more"):
+        assert lost_ranges(other) == []
+
+
+def test_records_that_retention_removed_before_they_were_written_are_named(audited):
+    audited.begins[0] = 9
+    audited.metadata[0] = "lost 2-3,6-12"
+    for offset in (2, 6, 7, 8):
+        del audited.objects[f"raw/stock_market_{offset}.json"]
+    code, said = audited.run()
+    assert code == 1
+    assert "LOST: test/0 offsets 2 to 2: retention removed them before they were written" in said
+    assert "LOST: test/0 offsets 6 to 8" in said
+    assert said.endswith(": 4 lost")  # 3 has its object, the topic has 9 to 12
+
+
+def test_an_audit_that_could_compare_nothing_is_no_proof(audited):
+    audited.committed = {0: 0, 1: None, 2: 0}
+    audited.objects.clear()
+    with pytest.raises(Failure, match="nothing was checked: topic test has 23 records"):
+        audited.run()
+
+
+# ------------------------------------------------------------------------------------------ seals
+
+
+@pytest.fixture
+def sealed(audited):
+    """A bucket with two seals of partition 0 (offsets 0 to 14 and 15 to 19) and one of 2; the
+    records are gone."""
+    assert audited.seal()[0] == 0
+    audited.committed[0] = 20
+    audited.objects |= {f"raw/stock_market_{n}.json": audited.values[0][n] for n in range(15, 20)}
+    code, said = audited.seal()
+    assert code == 0
+    audited.root = re.search("root ([0-9a-f]{64})", said)[1]
+    audited.begins |= {0: 20, 2: 3}
+    audited.read.clear()
+    return audited
+
+
+FIRST, SECOND, OTHER = (
+    "raw/_seals/partition=0/0-14.json",
+    "raw/_seals/partition=0/15-19.json",
+    "raw/_seals/partition=2/0-2.json",
+)
+ALL_THERE = "every sealed object is there, every byte the same"
+
+
+def test_a_seal_says_what_was_proven_and_anyone_can_compute_its_root(sealed):
+    seal = json.loads(sealed.objects[FIRST])
+    assert (seal["topic"], seal["partition"], seal["first"], seal["last"]) == ("test", 0, 0, 14)
+    assert (seal["objects"], seal["dead_letters"], seal["kinds"]) == (13, 2, "4o2d9o")
+    lines = [
+        f"{n} {'d' if n in (4, 5) else 'o'} "
+        + ("00" * 32 if value is None else sha256(value).hexdigest())
+        + "\n"
+        for n, value in enumerate(sealed.values[0][:15])
+    ]
+    assert seal["root"] == sha256("".join(lines).encode()).hexdigest()
+    assert seal["before"] == ""
+    second = json.loads(sealed.objects[SECOND])
+    assert second["before"] == sha256(sealed.objects[FIRST]).hexdigest()
+    assert json.loads(sealed.objects[OTHER])["before"] == ""
+
+
+def test_the_root_is_of_the_last_seals_of_all_partitions(sealed):
+    hashes = [(p, sha256(sealed.objects[key]).hexdigest()) for p, key in ((0, SECOND), (2, OTHER))]
+    text = "".join(f"{partition} {found}\n" for partition, found in hashes)
+    assert sealed.root == sha256(text.encode()).hexdigest()
+
+
+def test_a_sealed_bucket_is_verified_without_reading_its_objects(sealed):
+    code, said = sealed.verify()
+    assert code == 0
+    last = "verify: 21 sealed objects, 2 sealed dead letters"
+    assert said.endswith(f"{last}: {ALL_THERE}; root {sealed.root}")
+    assert not [key for key in sealed.read if "_seals/" not in key]
+
+
+def test_the_audit_goes_by_the_seals_where_the_topic_has_no_records_any_more(sealed):
+    code, said = sealed.run()
+    assert code == 0
+    assert "21 sealed objects, 2 sealed dead letters" in said
+    assert "outlive" not in said
+    del sealed.objects["raw/stock_market_3.json"]
+    sealed.put("raw/stock_market_16.json", b"{}")
+    code, said = sealed.run()
+    assert code == 1
+    assert f"MISSING: test/0 offsets 3 to 3: no object, sealed by {FIRST}" in said
+    assert f"DIFFERENT: raw/stock_market_16.json: other bytes than {SECOND} has sealed" in said
+
+
+def test_sealing_again_with_nothing_new_makes_no_seal(sealed):
+    before = set(sealed.objects)
+    code, said = sealed.seal()
+    assert (code, set(sealed.objects)) == (0, before)
+    assert sealed.root in said.splitlines()[-1]
+
+
+def test_an_earlier_root_is_found_among_those_of_the_seals(audited):
+    roots = []
+    for end in (5, 10, 15):
+        audited.committed[0] = end
+        roots.append(re.search("root ([0-9a-f]{64})", audited.seal()[1])[1])
+    for root in roots:
+        code, said = audited.verify(root)
+        assert code == 0
+        assert f"root {root}: of 20" in said
+    del audited.objects["raw/_seals/partition=0/10-14.json"]
+    assert [audited.verify(root)[0] for root in roots] == [0, 0, 1]
+
+
+def test_what_retention_removed_before_it_was_sealed_is_said_in_the_seal(sealed):
+    sealed.values[0] += [b"{}"] * 20
+    sealed.begins[0], sealed.committed[0] = 30, 35
+    sealed.objects |= {f"raw/stock_market_{n}.json": b"{}" for n in range(28, 35)}
+    code, said = sealed.seal()
+    assert code == 0
+    assert "not sealed: test/0 offsets 20 to 29, which retention has removed" in said
+    seal = json.loads(sealed.objects["raw/_seals/partition=0/20-34.json"])
+    assert (seal["kinds"], seal["removed"], seal["objects"]) == ("10r5o", 10, 5)
+    code, said = sealed.verify()
+    assert code == 0
+    assert "2 objects that no seal covers" in said
+
+
+def test_nothing_is_sealed_while_something_is_wrong(audited):
+    del audited.objects["raw/stock_market_3.json"]
+    with pytest.raises(Failure, match="nothing was sealed"):
+        audited.seal()
+    assert not [key for key in audited.objects if "_seals" in key]
+
+
+def test_what_was_lost_does_not_keep_the_rest_from_being_sealed(audited):
+    audited.begins[0], audited.metadata[0] = 3, "lost 1-2"
+    for offset in (1, 2):
+        del audited.objects[f"raw/stock_market_{offset}.json"]
+    code, _ = audited.seal()
+    assert code == 1
+    assert json.loads(audited.objects[FIRST])["kinds"] == "3r1o2d9o"
+    assert audited.verify()[0] == 0
+
+
+def test_a_large_range_is_sealed_in_parts(audited, monkeypatch):
+    monkeypatch.setattr("infra.audit.SEAL_SIZE", 4)
+    assert audited.seal()[0] == 0
+    names = sorted(key for key in audited.objects if "_seals/partition=0/" in key)
+    assert [name.rpartition("/")[2] for name in names] == [
+        "0-3.json",
+        "12-14.json",
+        "4-7.json",
+        "8-11.json",
+    ]
+    assert audited.verify()[0] == 0
+    assert audited.run()[0] == 0
+
+
+def test_a_dead_letter_that_its_topic_no_longer_has_is_known_by_its_seal(audited):
+    assert audited.seal()[0] == 0
+    audited.letters.clear()
+    code, said = audited.run()
+    assert code == 0
+    assert "2 dead letters" in said
+
+
+def test_an_object_kept_by_compaction_is_wanted_by_its_seal(audited):
+    audited.values[0][3] = audited.values[0][9] = ...
+    del audited.objects["raw/stock_market_9.json"]
+    assert audited.seal()[0] == 0
+    assert json.loads(audited.objects[FIRST])["kinds"] == "3o1k2d3o1h5o"
+    assert audited.verify()[0] == 0
+    audited.put("raw/stock_market_9.json", b"{}")
+    del audited.objects["raw/stock_market_3.json"]
+    code, said = audited.verify()
+    assert code == 1
+    assert "STRAY: raw/stock_market_9.json: there was no record and no object" in said
+    assert "MISSING: test/0 offsets 3 to 3" in said
+
+
+def test_a_transaction_marker_is_sealed_as_one(audited):
+    audited.markers.add((0, 2))
+    del audited.objects["raw/stock_market_2.json"]
+    assert audited.seal()[0] == 0
+    assert json.loads(audited.objects[FIRST])["transaction_markers"] == 1
+    audited.put("raw/stock_market_2.json", b"{}")
+    code, said = audited.verify()
+    assert code == 1
+    assert "STRAY: raw/stock_market_2.json: at its offset is a transaction marker" in said
+
+
+def test_a_record_compacted_away_since_it_was_sealed_is_proven_by_its_seal(audited):
+    assert audited.seal()[0] == 0
+    audited.values[0][3] = ...
+    audited.objects["raw/stock_market_3.json"] = b"{}"
+    code, said = audited.run()
+    assert code == 1
+    assert "DIFFERENT: raw/stock_market_3.json" in said
+
+
+def test_a_topic_made_anew_does_not_have_what_was_sealed(audited):
+    assert audited.seal()[0] == 0
+    audited.values[0][8] = b'{"another": 1}'
+    audited.objects["raw/stock_market_8.json"] = b'{"another": 1}'
+    code, said = audited.run()
+    assert code == 1
+    assert f"DIFFERENT: test/0 offset 8: the topic's record is not the one that {FIRST}" in said
+    audited.values[0], audited.committed[0] = audited.values[0][:10], 10
+    assert f"BROKEN: {FIRST}: sealed beyond the topic's end (10)" in audited.run()[1]
+
+
+def test_a_bucket_without_seals_cannot_be_verified(audited):
+    with pytest.raises(Failure, match=r"no seals under raw/_seals/: infra/audit\.py --seal"):
+        audited.verify()
+
+
+def test_an_object_whose_etag_is_no_md5_is_read_and_compared_with_its_seal(sealed):
+    sealed.etag = lambda value: '"9b2cf535f27731c974343645a3985328"'
+    assert sealed.verify()[0] == 0
+    assert len([key for key in sealed.read if "_seals" not in key]) == 21
+    sealed.objects["raw/stock_market_3.json"] = b"{}"
+    assert sealed.verify()[0] == 1
+
+
+def test_an_object_put_there_later_with_the_same_md5_is_found(sealed, monkeypatch):
+    honest = md5(sealed.objects["raw/stock_market_3.json"]).hexdigest()
+    forged = b'{"forged": 1}'
+    sealed.etag = lambda value: f'"{honest if value == forged else md5(value).hexdigest()}"'
+    sealed.put("raw/stock_market_3.json", forged)
+    code, said = sealed.verify()
+    assert code == 1
+    assert "DIFFERENT: raw/stock_market_3.json" in said
+
+
+def changed(value, **fields):
+    """A seal with other fields, its root and counts made to fit."""
+    seal = Seal.decode(value)
+    return replace(seal, **fields).encode()
+
+
+def remove(key):
+    return lambda bucket: bucket.objects.pop(key)
+
+
+def put(key, value):
+    return lambda bucket: bucket.put(key, value)
+
+
+def forge(key, **fields):
+    return lambda bucket: bucket.put(key, changed(bucket.objects[key], **fields))
+
+
+def edit(key, old, new):
+    def change(bucket):
+        assert old in bucket.objects[key]
+        bucket.put(key, bucket.objects[key].replace(old, new))
+
+    return change
+
+
+def swap(bucket):
+    objects = bucket.objects
+    objects[FIRST], objects[SECOND] = objects[SECOND], objects[FIRST]
+
+
+def copy(key, name):
+    return lambda bucket: bucket.put(name, bucket.objects[key])
+
+
+def forge_object_and_seal(bucket):
+    """A forged object, and a seal that fits it."""
+    seal = Seal.decode(bucket.objects[FIRST])
+    bucket.put("raw/stock_market_0.json", b"{}", days=-30)
+    hashes = {"sha256": sha256(b"{}").digest() + seal.sha256[32:]}
+    hashes["md5"] = md5(b"{}").digest() + seal.md5[16:]
+    bucket.objects[FIRST] = replace(seal, **hashes).encode()
+
+
+TAMPERED = [
+    (remove("raw/stock_market_3.json"), "MISSING: test/0 offsets 3 to 3"),
+    (put("raw/stock_market_3.json", b'{"n": 4}'), "DIFFERENT: raw/stock_market_3.json"),
+    (put("raw/stock_market_3.json", b""), "DIFFERENT: raw/stock_market_3.json"),
+    (
+        put("raw/stock_market_5.json", b"bad"),
+        "STRAY: raw/stock_market_5.json: its record is a dead",
+    ),
+    (put("raw/stock_market_007.json", b"{}"), "STRAY: raw/stock_market_007.json"),
+    (remove(FIRST), f"BROKEN: test/0: no seal for offsets 0 to 14, before {SECOND}"),
+    (edit(FIRST, b'"objects":13', b'"objects":14'), f"BROKEN: {FIRST}: no seal, or a changed one"),
+    (edit(FIRST, b'"time":"', b'"time":"0'), f"BROKEN: {FIRST}: no seal, or a changed one"),
+    (edit(FIRST, b'"root":"', b'"root":"0'), f"BROKEN: {FIRST}: no seal, or a changed one"),
+    (edit(FIRST, b'{"', b'{ "'), f"BROKEN: {FIRST}: no seal, or a changed one"),
+    (put(FIRST, b""), f"BROKEN: {FIRST}: no seal, or a changed one"),
+    (put(FIRST, b"\xff"), f"BROKEN: {FIRST}: no seal, or a changed one"),
+    (put(FIRST, b"[" * 100_000), f"BROKEN: {FIRST}: no seal, or a changed one"),
+    (put(FIRST, b"[]"), f"BROKEN: {FIRST}: no seal, or a changed one"),
+    (
+        forge(FIRST, time="2026-01-01T00:00:00.000000+00:00"),
+        f"BROKEN: {SECOND}: was not made after",
+    ),
+    (forge(SECOND, before="0" * 64), f"BROKEN: {SECOND}: was not made after {FIRST}"),
+    (forge(OTHER, before="0" * 64), f"BROKEN: {OTHER}: was not made after no seal before it"),
+    (forge(SECOND, time="2026-01-01T00:00:00.000000+00:00"), f"BROKEN: {SECOND}: it is older"),
+    (forge(OTHER, topic="other"), f"BROKEN: {OTHER}: the seal of another topic, other"),
+    (swap, f"BROKEN: {FIRST}: the seal of another place"),
+    (copy(FIRST, "raw/_seals/partition=0/0-13.json"), "0-13.json: the seal of another place"),
+    (copy(FIRST, "raw/_seals/partition=1/0-14.json"), "0-14.json: the seal of another place"),
+    (copy(FIRST, "raw/_seals/partition=0/x.json"), "x.json: no seal has this name"),
+    (forge_object_and_seal, f"BROKEN: {SECOND}: was not made after {FIRST}"),
+]
+
+
+@pytest.mark.parametrize(("tamper", "named"), TAMPERED)
+def test_tampering_is_named(sealed, tamper, named):
+    tamper(sealed)
+    code, said = sealed.verify()
+    assert code == 1
+    assert named in said
+
+
+def test_the_last_seal_may_not_be_removed_or_replaced_where_its_root_is_kept(sealed):
+    assert sealed.verify(sealed.root)[0] == 0
+    for tamper in (remove(SECOND), forge(SECOND, time="2030-01-01T00:00:00.000000+00:00")):
+        kept = dict(sealed.objects)
+        tamper(sealed)
+        assert sealed.verify()[0] == 0  # nobody can know
+        code, said = sealed.verify(sealed.root)
+        assert code == 1
+        assert f"BROKEN: {sealed.root} is no root of the seals that are here" in said
+        sealed.objects = kept
+
+
+@pytest.mark.parametrize(
+    ("end", "said"), [(15, "another audit has made it"), (12, "two audits ran at once")]
+)
+def test_two_audits_that_seal_at_once_are_found(audited, end, said):
+    """The other one seals while this one reads the bucket; its range may end elsewhere."""
+    key = f"raw/_seals/partition=0/0-{end - 1}.json"
+    other = Audited(audited.lines)
+    other.committed[0] = end
+    assert other.seal()[0] == 0
+    audited.meanwhile = lambda: audited.objects.setdefault(key, other.objects[key])
+    with pytest.raises(Failure, match=said):
+        audited.seal()
+
+
+def test_a_range_that_was_sealed_twice_is_named(audited):
+    other = Audited(audited.lines)
+    other.committed[0] = 12
+    assert (audited.seal()[0], other.seal()[0]) == (0, 0)
+    audited.objects |= {key: value for key, value in other.objects.items() if "partition=0" in key}
+    text = f"BROKEN: {FIRST}: sealed twice, raw/_seals/partition=0/0-11.json has offset 0 too"
+    for code, said in (audited.verify(), audited.run()):
+        assert code == 1
+        assert text in said
+
+
+@given(st.integers(0, 2**32))
+@with_settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_history_is_sealed_and_verified_and_any_tampering_is_found(audited, seed):
+    """Records come, are written, are sealed and removed by retention at random; then something
+    is changed."""
+    chance = random.Random(seed)
+    audited.__init__(audited.lines)
+    audited.values, audited.objects, audited.letters = {0: [], 1: [], 2: []}, {}, []
+    audited.committed, audited.markers = {0: 0, 1: 0, 2: 0}, set()
+    root = None
+    for _ in range(chance.randint(1, 6)):
+        for partition in range(3):
+            values, done = audited.values[partition], audited.committed[partition]
+            for _ in range(chance.choice([0, 1, 3, 12])):
+                kind = chance.choice(["object"] * 8 + ["letter", "marker", "hole"])
+                if kind == "marker":
+                    audited.markers.add((partition, len(values)))
+                hole, value = kind == "hole", b'{"n": %d}' % chance.randrange(3)
+                values.append(... if hole else value)
+                if kind == "letter":
+                    name, number = b"source.partition", b"%d" % partition
+                    headers = [(b"source.topic", b"test"), (name, number)]
+                    headers.append((b"source.offset", b"%d" % (len(values) - 1)))
+                    texts = [(header.decode(), text) for header, text in headers]
+                    audited.letters.append((value, texts))
+                elif kind == "object":
+                    audited.objects[object_name("raw/", partition, len(values) - 1)] = value
+            audited.committed[partition] = len(values)
+            audited.begins[partition] = chance.randint(audited.begins[partition], done)
+        if any(of > audited.begins[p] for p, of in audited.committed.items()):
+            code, said = audited.seal()
+            assert code == 0, said
+            root = re.search("root ([0-9a-f]{64})", said)[1]
+    if root is None:
+        return
+    code, said = audited.verify(root)
+    assert code == 0, said
+    code, said = audited.run()
+    assert code == 0, said
+    seals = [Seal.decode(value) for key, value in audited.objects.items() if "_seals" in key]
+    sure = [
+        object_name("raw/", seal.partition, offset)
+        for seal in seals
+        for offset, kind, _ in seal.hashes()
+        if kind == "o"
+    ]
+    targets = sure + [key for key in audited.objects if "_seals/" in key]
+    key = chance.choice(targets)
+    if chance.random() < 0.5:
+        del audited.objects[key]
+    else:
+        value = bytearray(audited.objects[key])
+        value[chance.randrange(len(value))] ^= 1 << chance.randrange(8)
+        audited.put(key, bytes(value))
+    try:
+        assert audited.verify(root)[0] == 1, key
+    except Failure as error:  # it was the only seal
+        assert "no seals" in str(error), key
