@@ -22,7 +22,7 @@ except ImportError as error:
     sys.exit(f"{error.name} is not installed: pip install '.[report]'")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config import Settings, SettingsError, environment
-from kafka_consumer import NAME
+from infra.audit import NAME
 
 RECORDS = """SELECT * EXCLUDE record, unnest(record) FROM read_json($lines, sample_size = -1,
     format = 'newline_delimited', map_inference_threshold = -1) ORDER BY ALL"""
