@@ -71,8 +71,8 @@ from config import (
     environment,
     explain,
     is_marker,
-    printable,
     output,
+    printable,
     setup_logging,
     status,
 )
