@@ -22,6 +22,7 @@ from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, C
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.admin import NewPartitions
 from local_stack import API_VERSION, ROOT
+from local_stack import free_port as free_port  # the tests import it from here
 
 
 def until(condition: Callable[[], Any], timeout: float = 30, what: str = "") -> Any:
