@@ -3,35 +3,42 @@
 
 Run in the foreground it gives the addresses that .env.example names: Apache Kafka 3.3.1 with
 ZooKeeper where Java is found, else the small broker inside the confluent-kafka wheel; versitygw
-where it is found, else moto's server. Ctrl-C stops both and removes their data.
+where it is found, else moto's server. Ctrl-C stops both and removes their data, or leaves it in
+the folder of --keep for the next time.
 """
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while the packages below are loading ends it without a word
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
-import asyncio
-import ctypes
+import contextlib
+import fcntl
 import functools
 import importlib.util
 import logging
 import os
 import random
+import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import botocore.config
 import botocore.session
+from botocore.exceptions import BotoCoreError, ClientError
 from dotenv import dotenv_values
+from embedded_kafka import EmbeddedKafka
 from kafka.admin import KafkaAdminClient, NewTopic
 from kafka.errors import KafkaError, TopicAlreadyExistsError
 
@@ -164,7 +171,8 @@ def kafka_home() -> Path:
                 check=False,
             )
             if done.returncode != 0:
-                raise StackError(f"Maven could not fetch Apache Kafka: {done.stdout.strip()[:300]}")
+                why = (done.stdout.strip() or "it said nothing").splitlines()[0][:200]
+                raise StackError(f"Maven could not fetch Apache Kafka: {why}")
             if not (home / "libs").exists():  # another run may have been quicker
                 Path(part, "libs").rename(home / "libs")
     return home
@@ -258,6 +266,9 @@ class Kafka:
             "transaction.state.log.replication.factor": "1",
             "transaction.state.log.min.isr": "1",
             "group.initial.rebalance.delay.ms": "0",
+            # With --keep a topic and its groups' positions outlast a holiday.
+            "log.retention.ms": "-1",
+            "offsets.retention.minutes": "5256000",
             # The default, 128 MB, is half of the heap.
             "log.cleaner.dedupe.buffer.size": "16777216",
         }
@@ -330,105 +341,6 @@ class Kafka:
             admin.close()
 
 
-class EmbeddedKafka:
-    """librdkafka's mock broker, out of the confluent-kafka wheel: in memory, in this process.
-
-    For trying things out: it keeps 5 MiB a partition and then drops the oldest. It chooses its own
-    port, so a relay listens at `port`, and the broker is told to name that as its address.
-    """
-
-    def __init__(self, port: int = 0):
-        self.port = port or free_port()
-        self.bootstrap = f"127.0.0.1:{self.port}"
-        self._loop = asyncio.new_event_loop()
-
-    def start(self) -> EmbeddedKafka:
-        """Start the broker and the relay."""
-        lib = self._lib = _librdkafka()
-        error = ctypes.create_string_buffer(512)
-        conf = lib.rd_kafka_conf_new()
-        lib.rd_kafka_conf_set(conf, b"log_level", b"0", error, len(error))
-        self._client = lib.rd_kafka_new(
-            0, conf, error, len(error)
-        )  # a producer; the cluster hangs on it
-        self._cluster = lib.rd_kafka_mock_cluster_new(self._client, 1)
-        if not self._cluster:
-            raise StackError(f"the embedded broker did not start: {error.value.decode()}")
-        address = lib.rd_kafka_mock_cluster_bootstraps(self._cluster).decode()
-        lib.rd_kafka_mock_broker_set_host_port(self._cluster, 1, b"127.0.0.1", self.port)
-        lib.rd_kafka_mock_group_initial_rebalance_delay_ms(self._cluster, 0)
-        host, _, upstream = address.rpartition(":")
-
-        async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            try:
-                far_reader, far_writer = await asyncio.open_connection(host, int(upstream))
-            except OSError:
-                writer.close()
-                return
-            await asyncio.gather(_pump(reader, far_writer), _pump(far_reader, writer))
-
-        self._loop.run_until_complete(asyncio.start_server(relay, "127.0.0.1", self.port))
-        threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        return self
-
-    def create_topic(self, name: str, partitions: int = 1) -> None:
-        """Create a topic."""
-        self._lib.rd_kafka_mock_topic_create(self._cluster, name.encode(), partitions, 1)
-
-    def stop(self) -> None:
-        """Stop the relay and the broker; what the topics held is gone."""
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._lib.rd_kafka_mock_cluster_destroy(self._cluster)
-        self._lib.rd_kafka_destroy(self._client)
-
-
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    try:
-        while data := await reader.read(65536):
-            writer.write(data)
-            await writer.drain()
-    except OSError:
-        pass
-    finally:
-        writer.close()
-
-
-def _librdkafka() -> ctypes.CDLL:
-    """The library inside the confluent-kafka wheel, with the signatures of what is used here."""
-    try:
-        import confluent_kafka
-    except ImportError as error:
-        raise StackError(
-            f"the embedded broker needs confluent-kafka: pip install '.[local]' ({error})"
-        ) from error
-    package = Path(confluent_kafka.__file__).parent
-    found = [
-        *package.parent.glob("confluent_kafka.libs/librdkafka*"),
-        *package.glob(".dylibs/librdkafka*"),
-    ]
-    if not found:
-        raise StackError(
-            f"no librdkafka beside {package}: this build of confluent-kafka has no embedded broker"
-        )
-    lib = ctypes.CDLL(str(found[0]))
-    pointer, integer, text = ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p
-    for name, result, *arguments in (
-        ("rd_kafka_conf_new", pointer),
-        ("rd_kafka_conf_set", integer, pointer, text, text, text, ctypes.c_size_t),
-        ("rd_kafka_new", pointer, integer, pointer, text, ctypes.c_size_t),
-        ("rd_kafka_destroy", None, pointer),
-        ("rd_kafka_mock_cluster_new", pointer, pointer, integer),
-        ("rd_kafka_mock_cluster_destroy", None, pointer),
-        ("rd_kafka_mock_cluster_bootstraps", text, pointer),
-        ("rd_kafka_mock_broker_set_host_port", None, pointer, ctypes.c_int32, text, integer),
-        ("rd_kafka_mock_group_initial_rebalance_delay_ms", None, pointer, ctypes.c_int32),
-        ("rd_kafka_mock_topic_create", integer, pointer, text, integer, integer),
-    ):
-        function = getattr(lib, name)
-        function.restype, function.argtypes = result, arguments
-    return lib
-
-
 def versitygw() -> str | None:
     """The versitygw program: VERSITYGW, .local/bin (where tests/run.sh builds it), or the PATH."""
     built = LOCAL / "bin" / "versitygw"
@@ -448,6 +360,7 @@ class S3:
         self.folder = Path(folder)
         self.port = port or free_port()
         self.endpoint = f"http://127.0.0.1:{self.port}"
+        self.log = self.folder / "s3.log"
         self.process: subprocess.Popen | None = None
         self.kind = "versitygw" if versitygw() else "moto"
 
@@ -470,9 +383,8 @@ class S3:
         else:
             command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
         keys = {"ROOT_ACCESS_KEY": self.access_key, "ROOT_SECRET_KEY": self.secret_key}
-        log = self.folder / "s3.log"
-        self.process = spawn(command, log, {**os.environ, **keys})
-        _wait_listening(self.process, self.port, log)
+        self.process = spawn(command, self.log, {**os.environ, **keys})
+        _wait_listening(self.process, self.port, self.log)
         return self
 
     def client(self):
@@ -497,83 +409,243 @@ class S3:
         end(self.process)
 
 
-def start_kafka(folder: Path, port: int) -> tuple[Kafka | EmbeddedKafka, str]:
-    """The real broker, or else the embedded one; and the name of what it is."""
-    try:
-        return Kafka(folder, port).start(), "Apache Kafka 3.3.1 with ZooKeeper"
-    except StackError as error:
-        print(f"No real broker here: {error}. The embedded one takes its place.", file=sys.stderr)
-        return EmbeddedKafka(port).start(), "the embedded broker of confluent-kafka, in memory"
+def port_number(text: str) -> int:
+    """The value of --port and --s3-port."""
+    if not 0 <= int(text) < 65536:
+        raise ValueError
+    return int(text) or free_port()
+
+
+def topic_and_partitions(text: str) -> tuple[str, int]:
+    """The value of --topic."""
+    matched = re.fullmatch(r"([A-Za-z0-9._-]{1,249})(?::([1-9][0-9]{0,2}))?", text)
+    if matched is None or matched[1] in (".", ".."):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not NAME:PARTITIONS, for example stocks:3 (letters, digits, '.', '_' "
+            "and '-'; 1 to 999 partitions)"
+        )
+    return matched[1], int(matched[2] or 1)
+
+
+def bucket_name(text: str) -> str:
+    """The value of --bucket."""
+    if re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", text) is None:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no name for a bucket: 3 to 63 lower-case letters, digits, '.' and '-'"
+        )
+    return text
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-
-    def port(text: str) -> int:
-        if not 0 <= int(text) < 65536:
-            raise ValueError
-        return int(text) or free_port()
-
-    result = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    topics = f"{EXAMPLE['KAFKA_TOPIC']} and {EXAMPLE['KAFKA_DLQ_TOPIC']}"
+    result = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n\n")[0],
+        epilog="--topic and --bucket can be given several times. Kafka's own tools: infra/kafka.sh",
+        allow_abbrev=False,
+    )
     for flag, default, whose in (("--port", 9092, "Kafka's"), ("--s3-port", 9000, "S3's")):
         text = f"{whose} port on localhost; 0: a free one (default: %(default)s)"
-        result.add_argument(flag, type=port, metavar="PORT", default=default, help=text)
+        result.add_argument(flag, type=port_number, metavar="PORT", default=default, help=text)
+    result.add_argument(
+        "--topic",
+        type=topic_and_partitions,
+        metavar="NAME:PARTITIONS",
+        action="append",
+        default=[],
+        help=f"a topic beside {topics}, or another number of partitions for one of them",
+    )
+    result.add_argument(
+        "--bucket",
+        type=bucket_name,
+        metavar="NAME",
+        action="append",
+        default=[],
+        help=f"a bucket beside {EXAMPLE['S3_BUCKET']}",
+    )
+    result.add_argument(
+        "--keep",
+        type=Path,
+        metavar="DIR",
+        help="keep topics, positions and objects in this folder, and go on with what is there",
+    )
     return result
 
 
-def run(port: int, s3_port: int) -> None:
-    """Start both, say where they are, and wait; never returns, ends by an exception."""
-    for flag, number in (("--port", port), ("--s3-port", s3_port)):
-        if not port_is_free(number):
+def check_ports(port: int, s3_port: int) -> None:
+    """StackError, with what to do, for each port that cannot be had."""
+    if port == s3_port:
+        raise StackError(f"--port and --s3-port are both {port}: each server needs its own")
+    problems = [
+        f"port {number} on localhost is in use: stop what listens there, or take another with "
+        f"{flag} and name it in .env: {setting}{number + 1}"
+        for flag, number, setting in (
+            ("--port", port, "KAFKA_BOOTSTRAP_SERVERS=localhost:"),
+            ("--s3-port", s3_port, "S3_ENDPOINT_URL=http://localhost:"),
+        )
+        if not port_is_free(number)
+    ]
+    if problems:
+        raise StackError("\nlocal_stack: ".join(problems))
+
+
+def data_folder(keep: Path | None, cleanup: ExitStack) -> Path:
+    """Where the servers' data goes: the folder of --keep, ours until `cleanup`, or a temporary
+    folder that `cleanup` removes."""
+    if keep is None:
+        return Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="kafka-s3-")))
+    folder = keep.expanduser().resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = cleanup.enter_context((folder / "lock").open("w"))
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise StackError(
+            f"{folder} is in use by another local_stack.py: stop that one, or keep the data "
+            "in another folder"
+        ) from None
+    return folder
+
+
+def start_s3(folder: Path, port: int, keep: bool, cleanup: ExitStack) -> S3:
+    """The S3 server, which `cleanup` stops."""
+    s3 = S3(folder, port)
+    if keep and s3.kind != "versitygw":
+        raise StackError(
+            "--keep needs versitygw, which keeps objects on disk: put it into .local/bin "
+            "(tests/run.sh builds it where Go is installed), or run without --keep"
+        )
+    cleanup.callback(s3.stop)
+    return s3.start()
+
+
+def start_kafka(
+    folder: Path, port: int, keep: bool, cleanup: ExitStack
+) -> tuple[Kafka | EmbeddedKafka, str]:
+    """The real broker, or else the embedded one, which `cleanup` stops; and what it is called."""
+    try:
+        kafka = Kafka(folder, port)
+    except StackError as error:
+        if keep:
             raise StackError(
-                f"port {number} on localhost is in use: stop what listens there or change {flag}"
+                f"--keep needs Apache Kafka, which keeps topics on disk, and {error}"
+            ) from None
+        print(f"No real broker here: {error}. The embedded one takes its place.", file=sys.stderr)
+        try:
+            embedded = EmbeddedKafka(port).start()
+        except RuntimeError as error:
+            raise StackError(str(error)) from None
+        cleanup.callback(embedded.stop)
+        return embedded, "the embedded broker of confluent-kafka, in memory"
+    cleanup.callback(kafka.stop)
+    return kafka.start(), "Apache Kafka 3.3.1 with ZooKeeper"
+
+
+def create_buckets(s3: S3, buckets: list[str]) -> None:
+    """Create the buckets that are not there."""
+    there = {bucket["Name"] for bucket in s3.client().list_buckets()["Buckets"]}
+    for bucket in buckets:
+        if bucket not in there:
+            s3.create_bucket(bucket)
+            there.add(bucket)
+
+
+def create_topics(kafka: Kafka | EmbeddedKafka, topics: Mapping[str, int]) -> None:
+    """Create the topics that are not there; say which have another number of partitions."""
+    there: dict[str, int] = {}
+    if isinstance(kafka, Kafka):
+        described = kafka.admin(lambda admin: admin.describe_topics())
+        there = {topic["topic"]: len(topic["partitions"]) for topic in described}
+    for name, partitions in topics.items():
+        if name not in there:
+            kafka.create_topic(name, partitions)
+        elif there[name] != partitions:
+            print(
+                f"Topic {name} was kept and has {there[name]}, not {partitions} partitions. More: "
+                f"infra/kafka.sh topics --alter --topic {name} --partitions N",
+                file=sys.stderr,
             )
-    with ExitStack() as cleanup:
-        folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="kafka-s3-")))
-        s3 = S3(folder, s3_port)
-        cleanup.callback(s3.stop)
-        s3.start()
-        bucket = EXAMPLE["S3_BUCKET"] or ""
-        s3.create_bucket(bucket)
-        kafka, kind = start_kafka(folder, port)
-        cleanup.callback(kafka.stop)
-        topics = [EXAMPLE["KAFKA_TOPIC"] or "", EXAMPLE["KAFKA_DLQ_TOPIC"] or ""]
-        for topic in topics:
-            kafka.create_topic(topic)
-        print(f"Kafka: localhost:{port} ({kind}), topics {', '.join(topics)}")
-        print(f"S3:    http://localhost:{s3_port} ({s3.kind}), bucket {bucket}")
-        print("Ready. Ctrl-C stops both and removes their data.", flush=True)
-        children = {"S3": s3.process}
-        if isinstance(kafka, Kafka):
-            children |= {"the broker": kafka.broker, "ZooKeeper": kafka.zookeeper.process}
-        while True:
-            for name, child in children.items():
-                if child is not None and child.poll() is not None:
-                    raise StackError(f"{name} has ended by itself, code {child.returncode}")
-            time.sleep(0.2)
+
+
+def watch(servers: Mapping[str, tuple[subprocess.Popen, Path]]) -> NoReturn:
+    """Wait until one of the servers ends; StackError then, with the end of its log, which is kept
+    where the message says."""
+    while True:
+        for name, (process, log) in servers.items():
+            if process.poll() is not None:
+                number, kept = tempfile.mkstemp(prefix="kafka-s3-", suffix=f"-{log.name}")
+                os.close(number)
+                shutil.copy(log, kept)
+                killed = ", killed from outside" if process.returncode == -signal.SIGKILL else ""
+                raise StackError(
+                    f"{name} has ended by itself, code {process.returncode}{killed}; "
+                    f"all of its log is kept in {kept}, which ends:\n{tail(log)}"
+                )
+        time.sleep(0.2)
+
+
+def run(options: argparse.Namespace, cleanup: ExitStack) -> NoReturn:
+    """Start both, say where they are, and wait; ends by an exception. `cleanup` gets what is to be
+    stopped and removed after it."""
+    check_ports(options.port, options.s3_port)
+    keep = options.keep is not None
+    folder = data_folder(options.keep, cleanup)
+    topics = {EXAMPLE["KAFKA_TOPIC"] or "": 1, EXAMPLE["KAFKA_DLQ_TOPIC"] or "": 1}
+    topics |= dict(options.topic)
+    buckets = [EXAMPLE["S3_BUCKET"] or "", *options.bucket]
+
+    s3 = start_s3(folder, options.s3_port, keep, cleanup)
+    create_buckets(s3, buckets)
+    kafka, kind = start_kafka(folder, options.port, keep, cleanup)
+    create_topics(kafka, topics)
+
+    print(f"Kafka: localhost:{options.port} ({kind})")
+    print("       topics", ", ".join(f"{name}:{count}" for name, count in topics.items()))
+    print(f"S3:    http://localhost:{options.s3_port} ({s3.kind}), bucket {', '.join(buckets)}")
+    ending = f"Ctrl-C stops both; their data stays in {folder}"
+    print(f"Ready. {ending if keep else 'Ctrl-C stops both and removes their data.'}", flush=True)
+    servers = {"S3": (s3.process, s3.log)}
+    if isinstance(kafka, Kafka):
+        servers["the broker"] = kafka.broker, kafka.log
+        servers["ZooKeeper"] = kafka.zookeeper.process, kafka.zookeeper.log
+    watch({name: (process, log) for name, (process, log) in servers.items() if process})
 
 
 def _stop(*_: object) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # the cleaning up is not interrupted
-        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the stack until Ctrl-C or SIGTERM; 0 then, 1 when it cannot run, 2 for wrong usage."""
+    """Run the stack until Ctrl-C, SIGTERM or the terminal is closed; 0 then, 1 when it cannot run,
+    2 for wrong usage."""
     options = parser().parse_args(argv)
     # The client's tries while the broker starts are no news.
     logging.getLogger("kafka").setLevel(logging.CRITICAL)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    signals = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    for number in signals:
         signal.signal(number, _stop)
     try:
-        run(options.port, options.s3_port)
+        with ExitStack() as cleanup:
+            try:
+                run(options, cleanup)
+            finally:
+                for number in signals:  # the cleaning up is not interrupted
+                    signal.signal(number, signal.SIG_IGN)
     except KeyboardInterrupt:
-        print("Stopped.", file=sys.stderr)
-    except StackError as error:
-        print(f"local_stack: {error}", file=sys.stderr)
-        return 1
-    return 0
+        say("Stopped.")
+        return 0
+    except (StackError, KafkaError, BotoCoreError, ClientError) as error:
+        say(f"local_stack: {error}")
+    except OSError as error:
+        place = options.keep or tempfile.gettempdir()
+        say(f"local_stack: {error}. The data goes to {place}; --keep or TMPDIR name another folder")
+    return 1
+
+
+def say(text: str) -> None:
+    """Say it on standard error, if the terminal is still there."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
