@@ -17,7 +17,7 @@ of .env, else localhost:9092. KAFKA_HOME may name another Kafka.'
 readonly TOOLS='acls broker-api-versions cluster configs console-consumer
 console-producer consumer-groups consumer-perf-test delegation-tokens
 delete-records dump-log features get-offsets leader-election log-dirs
-metadata-quorum producer-perf-test reassign-partitions replica-verification
+producer-perf-test reassign-partitions replica-verification
 streams-application-reset topics transactions verifiable-consumer
 verifiable-producer'
 
@@ -48,7 +48,6 @@ main_class() {
         get-offsets) echo kafka.tools.GetOffsetShell ;;
         leader-election) echo kafka.admin.LeaderElectionCommand ;;
         log-dirs) echo kafka.admin.LogDirsCommand ;;
-        metadata-quorum) echo kafka.admin.MetadataQuorumCommand ;;
         producer-perf-test) echo org.apache.kafka.tools.ProducerPerformance ;;
         reassign-partitions) echo kafka.admin.ReassignPartitionsCommand ;;
         replica-verification) echo kafka.tools.ReplicaVerificationTool ;;
@@ -136,8 +135,11 @@ main() {
     if [ -n "$option" ] && ! given "$option" "$@"; then
         address="$(servers)"
         check_broker "$address"
-        [ "$option" != --producer-props ] || address="bootstrap.servers=$address"
-        set -- "$@" "$option" "$address"
+        case "$tool" in # the option belongs to the subcommand; it takes all that follows it
+            cluster) set -- "$@" "$option" "$address" ;;
+            producer-perf-test) set -- "$@" "$option" "bootstrap.servers=$address" ;;
+            *) set -- "$option" "$address" "$@" ;;
+        esac
     fi
     exec "$java" -Xmx256M "-Dlog4j.configuration=file:$ROOT/infra/kafka-tools-log4j.properties" \
         -cp "$LIBS/*" "$class" "$@"

@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NoReturn, TypeVar
@@ -528,7 +528,8 @@ def start_kafka(
     except StackError as error:
         if keep:
             raise StackError(
-                f"--keep needs Apache Kafka, which keeps topics on disk, and {error}"
+                f"--keep needs Apache Kafka, which keeps topics on disk, and {error}: install a JDK "
+                "and Maven, or run without --keep"
             ) from None
         print(f"No real broker here: {error}. The embedded one takes its place.", file=sys.stderr)
         try:
@@ -541,45 +542,57 @@ def start_kafka(
     return kafka.start(), "Apache Kafka 3.3.1 with ZooKeeper"
 
 
-def create_buckets(s3: S3, buckets: list[str]) -> None:
-    """Create the buckets that are not there."""
-    there = {bucket["Name"] for bucket in s3.client().list_buckets()["Buckets"]}
-    for bucket in buckets:
-        if bucket not in there:
-            s3.create_bucket(bucket)
-            there.add(bucket)
+def create_buckets(s3: S3, names: Iterable[str]) -> list[str]:
+    """Create the buckets that are not there; the names of all that are there then."""
+    client = s3.client()
+    there = {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}
+    for name in set(names) - there:
+        client.create_bucket(Bucket=name)
+    return sorted(there.union(names))
 
 
-def create_topics(kafka: Kafka | EmbeddedKafka, topics: Mapping[str, int]) -> None:
-    """Create the topics that are not there; say which have another number of partitions."""
-    there: dict[str, int] = {}
-    if isinstance(kafka, Kafka):
-        described = kafka.admin(lambda admin: admin.describe_topics())
-        there = {topic["topic"]: len(topic["partitions"]) for topic in described}
-    for name, partitions in topics.items():
+def topics_there(kafka: Kafka | EmbeddedKafka) -> dict[str, int]:
+    """The number of partitions of each topic that the broker has; of kept ones too."""
+    if not isinstance(kafka, Kafka):
+        return {}
+    described = kafka.admin(lambda admin: admin.describe_topics())
+    there = {topic["topic"]: len(topic["partitions"]) for topic in described}
+    return {name: there[name] for name in sorted(there) if not name.startswith("__")}
+
+
+def create_topics(kafka: Kafka | EmbeddedKafka, asked_for: Mapping[str, int]) -> Mapping[str, int]:
+    """Create the topics of .env.example and those asked for, where they are not there; every topic
+    that is there then, with its number of partitions."""
+    there = topics_there(kafka)
+    wanted = {EXAMPLE["KAFKA_TOPIC"] or "": 1, EXAMPLE["KAFKA_DLQ_TOPIC"] or "": 1, **asked_for}
+    for name, partitions in wanted.items():
         if name not in there:
             kafka.create_topic(name, partitions)
-        elif there[name] != partitions:
+    for name, partitions in asked_for.items():
+        if there.get(name, partitions) != partitions:
             print(
-                f"Topic {name} was kept and has {there[name]}, not {partitions} partitions. More: "
-                f"infra/kafka.sh topics --alter --topic {name} --partitions N",
+                f"Topic {name} was kept: its partitions are {there[name]}, not {partitions}. To "
+                f"add some: infra/kafka.sh topics --alter --topic {name} --partitions N",
                 file=sys.stderr,
             )
+    return {**wanted, **there}
 
 
-def watch(servers: Mapping[str, tuple[subprocess.Popen, Path]]) -> NoReturn:
-    """Wait until one of the servers ends; StackError then, with the end of its log, which is kept
-    where the message says."""
+def watch(servers: Mapping[str, tuple[subprocess.Popen, Path]], keep: bool) -> NoReturn:
+    """Wait until one of the servers ends; StackError then, with the end of its log and where all
+    of it is: the data's folder is ours to remove unless `keep`."""
     while True:
         for name, (process, log) in servers.items():
             if process.poll() is not None:
-                number, kept = tempfile.mkstemp(prefix="kafka-s3-", suffix=f"-{log.name}")
-                os.close(number)
-                shutil.copy(log, kept)
+                ending = tail(log, lines=10)
+                if not keep:
+                    number, copy = tempfile.mkstemp(prefix="kafka-s3-", suffix=f"-{log.name}")
+                    os.close(number)
+                    log = Path(shutil.copy(log, copy))
                 killed = ", killed from outside" if process.returncode == -signal.SIGKILL else ""
                 raise StackError(
-                    f"{name} has ended by itself, code {process.returncode}{killed}; "
-                    f"all of its log is kept in {kept}, which ends:\n{tail(log)}"
+                    f"the log of {name} ends:\n{ending}\nlocal_stack: {name} has ended by itself, "
+                    f"code {process.returncode}{killed}; all of its log is in {log}"
                 )
         time.sleep(0.2)
 
@@ -590,14 +603,10 @@ def run(options: argparse.Namespace, cleanup: ExitStack) -> NoReturn:
     check_ports(options.port, options.s3_port)
     keep = options.keep is not None
     folder = data_folder(options.keep, cleanup)
-    topics = {EXAMPLE["KAFKA_TOPIC"] or "": 1, EXAMPLE["KAFKA_DLQ_TOPIC"] or "": 1}
-    topics |= dict(options.topic)
-    buckets = [EXAMPLE["S3_BUCKET"] or "", *options.bucket]
-
     s3 = start_s3(folder, options.s3_port, keep, cleanup)
-    create_buckets(s3, buckets)
+    buckets = create_buckets(s3, [EXAMPLE["S3_BUCKET"] or "", *options.bucket])
     kafka, kind = start_kafka(folder, options.port, keep, cleanup)
-    create_topics(kafka, topics)
+    topics = create_topics(kafka, dict(options.topic))
 
     print(f"Kafka: localhost:{options.port} ({kind})")
     print("       topics", ", ".join(f"{name}:{count}" for name, count in topics.items()))
@@ -608,7 +617,7 @@ def run(options: argparse.Namespace, cleanup: ExitStack) -> NoReturn:
     if isinstance(kafka, Kafka):
         servers["the broker"] = kafka.broker, kafka.log
         servers["ZooKeeper"] = kafka.zookeeper.process, kafka.zookeeper.log
-    watch({name: (process, log) for name, (process, log) in servers.items() if process})
+    watch({name: (process, log) for name, (process, log) in servers.items() if process}, keep)
 
 
 def _stop(*_: object) -> None:
