@@ -528,8 +528,8 @@ def start_kafka(
     except StackError as error:
         if keep:
             raise StackError(
-                f"--keep needs Apache Kafka, which keeps topics on disk, and {error}: install a JDK "
-                "and Maven, or run without --keep"
+                f"--keep needs Apache Kafka, which keeps topics on disk, and {error}: install a "
+                "JDK and Maven, or run without --keep"
             ) from None
         print(f"No real broker here: {error}. The embedded one takes its place.", file=sys.stderr)
         try:
