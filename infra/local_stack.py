@@ -38,7 +38,7 @@ import botocore.config
 import botocore.session
 from botocore.exceptions import BotoCoreError, ClientError
 from dotenv import dotenv_values
-from embedded_kafka import EmbeddedKafka
+from embedded_kafka import EmbeddedKafka  # type: ignore[import-not-found]  # beside this file
 from kafka.admin import KafkaAdminClient, NewTopic
 from kafka.errors import KafkaError, TopicAlreadyExistsError
 
