@@ -494,7 +494,7 @@ def raw_answer(status: int, body: bytes = b"", fields: dict[str, str] | None = N
 
 def page(status: int = 200) -> bytes:
     """A page for people: what a captive portal, a proxy or a balancer answers in S3's place."""
-    body = b"<!DOCTYPE html><html><body><h1>Welcome to our network</h1></body></html>"
+    body = b"<!DOCTYPE html>\n<html><body><p>Welcome to our network<br>Sign in</body></html>"
     return raw_answer(status, body, {"Content-Type": "text/html"})
 
 

@@ -6,7 +6,7 @@ import re
 import pytest
 from helpers import committed, produce, records, until
 from proof import assert_whole, object_name
-from s3_faults import FaultyS3, page
+from s3_faults import FaultyS3, page, raw_answer
 
 pytestmark = pytest.mark.real
 
@@ -49,7 +49,7 @@ def test_a_store_that_ignores_the_condition_ends_it_at_the_first_object(
     with FaultyS3(traits={"ignores conditions"}) as s3:
         s3.store[keys(bucket)[7]] = b'{"n": "of another topic"}'
         script = consume(s3)
-        assert script.wait() == 1
+        assert script.wait(15) == 1
         (line,) = errors(script)
         assert "If-None-Match" in line and s3.endpoint in line
         assert {put.key for put in s3.puts()} == {keys(bucket)[0]}
@@ -62,7 +62,7 @@ def test_a_store_that_does_not_know_the_condition_ends_it_with_the_reason(
 ):
     with FaultyS3(traits={"knows no condition"}) as s3:
         script = consume(s3)
-        assert script.wait() == 1
+        assert script.wait(15) == 1
         assert s3.stored() == []
     (line,) = errors(script)
     assert "If-None-Match" in line and re.search("501|NotImplemented", line)
@@ -71,7 +71,7 @@ def test_a_store_that_does_not_know_the_condition_ends_it_with_the_reason(
 
 def test_a_bucket_with_object_lock_takes_every_object(consume, kafka, topic, s3, objects):
     with FaultyS3(s3.endpoint, traits={"object lock"}) as lock:
-        assert consume(lock).wait() == 0
+        assert consume(lock).wait(15) == 0
         assert len(lock.stored()) == len(VALUES)
     assert_whole(records(kafka.bootstrap, topic), objects())
 
@@ -81,7 +81,7 @@ def test_a_replay_over_archived_objects_compares_etags_and_reads_none(consume, s
     for n, value in enumerate(VALUES):
         client.put_object(Bucket=bucket, Key=object_name(0, n), Body=value)
     with FaultyS3(s3.endpoint, traits={"archived"}) as archive:
-        assert consume(archive).wait() == 0
+        assert consume(archive).wait(15) == 0
         assert archive.stored() == []
         assert archive.seen("get") == []
 
@@ -93,7 +93,7 @@ def test_an_archived_object_that_has_to_be_read_is_said_with_what_to_do(consume,
         line = rf"holding at {topic}/0/0: InvalidObjectState: .*\(.*restore.*\)"
         script.wait_for(line, timeout=15, stream="stderr")
         archive.traits.discard("archived")
-        assert script.wait() == 0
+        assert script.wait(15) == 0
         assert archive.stored() == []
 
 
@@ -101,7 +101,7 @@ def test_an_archived_object_with_other_bytes_is_a_conflict(consume, s3, bucket):
     s3.client().put_object(Bucket=bucket, Key=object_name(0, 3), Body=b'{"n": "other"}')
     with FaultyS3(s3.endpoint, traits={"archived"}) as archive:
         script = consume(archive)
-        assert script.wait() == 1
+        assert script.wait(15) == 1
     (line,) = errors(script)
     assert f"s3://{bucket}/{object_name(0, 3)} is there with other bytes" in line
 
@@ -110,7 +110,7 @@ def test_where_s3_encrypts_an_etag_that_is_no_md5_proves_nothing(consume, bucket
     """New objects are made by S3's word, those that are there are read and compared."""
     with FaultyS3(traits={"encrypted"}) as s3:
         s3.store |= dict(zip(keys(bucket)[:5], VALUES, strict=False))
-        assert consume(s3).wait() == 0
+        assert consume(s3).wait(15) == 0
         assert s3.store == dict(zip(keys(bucket), VALUES, strict=True))
         assert {get.key for get in s3.seen("get")} <= {*keys(bucket)[:5]}
         assert len(s3.stored()) == len(VALUES) - 5
@@ -120,7 +120,7 @@ def test_where_s3_encrypts_other_bytes_are_a_conflict(consume, bucket):
     with FaultyS3(traits={"encrypted"}) as s3:
         s3.store[keys(bucket)[3]] = b'{"n": "other"}'
         script = consume(s3)
-        assert script.wait() == 1
+        assert script.wait(15) == 1
     (line,) = errors(script)
     assert f"s3://{bucket}/{object_name(0, 3)} is there with other bytes" in line
 
@@ -128,7 +128,7 @@ def test_where_s3_encrypts_other_bytes_are_a_conflict(consume, bucket):
 def test_an_etag_that_nothing_explains_has_the_object_read(consume, bucket):
     with FaultyS3() as s3:
         s3.etags = {key: hashlib.md5(key.encode()).hexdigest() for key in keys(bucket)}
-        assert consume(s3).wait() == 0
+        assert consume(s3).wait(15) == 0
         assert {get.key for get in s3.seen("get")} == set(keys(bucket))
 
 
@@ -157,14 +157,14 @@ def test_a_policy_that_denies_one_partitions_folder_holds_that_partition_alone(
         script.wait_for("answers again", timeout=5, stream="stderr")
         script.wait_for(object_name(1, len(VALUES) - 1), timeout=5, stream="stdout")
         script.terminate()
-        assert script.wait() == 0
+        assert script.wait(15) == 0
     assert_whole(records(kafka.bootstrap, two), objects())
 
 
 def test_a_directory_bucket_works_or_is_one_line(consume):
     with FaultyS3() as s3:
         script = consume(s3, S3_BUCKET="express--use1-az4--x-s3")
-        if script.wait() == 0:
+        if script.wait(15) == 0:
             assert len(s3.store) == len(VALUES)
         else:
             (line,) = errors(script)
@@ -172,9 +172,14 @@ def test_a_directory_bucket_works_or_is_one_line(consume):
     assert "Traceback" not in script.stderr
 
 
-def test_a_page_at_the_start_is_one_line_that_says_it_is_no_s3(run, env):
+@pytest.mark.parametrize(
+    "raw",
+    [page(), page(502), raw_answer(200, b"<html/>"), raw_answer(204)],
+    ids=["page", "page with 502", "page that is well-formed XML", "nothing"],
+)
+def test_a_page_at_the_start_is_one_line_that_says_it_is_no_s3(run, env, raw):
     with FaultyS3() as s3:
-        s3.answer(page())
+        s3.answer(raw)
         script = run("kafka_consumer.py", env={**env, "S3_ENDPOINT_URL": s3.endpoint})
         assert script.wait(15) == 1
         (line,) = errors(script)
@@ -185,14 +190,16 @@ def test_a_page_at_the_start_is_one_line_that_says_it_is_no_s3(run, env):
 def test_an_endpoint_with_the_bucket_in_it_is_refused(run, env, address):
     endpoint = address.format(endpoint=env["S3_ENDPOINT_URL"], bucket=env["S3_BUCKET"])
     script = run("kafka_consumer.py", env={**env, "S3_ENDPOINT_URL": endpoint})
-    assert script.wait() == 2
+    assert script.wait(15) == 2
     (line,) = script.lines("stderr")
     assert "S3_ENDPOINT_URL" in line and "bucket" in line
 
 
-def test_a_prefix_too_long_for_the_names_is_refused(run, env):
-    script = run("kafka_consumer.py", env={**env, "S3_PREFIX": "p" * 1000 + "/"})
-    assert script.wait() == 2
+@pytest.mark.parametrize("prefix", ["p" * 1000 + "/", "ü" * 500 + "/"], ids=["ASCII", "UTF-8"])
+def test_a_prefix_too_long_for_the_names_is_refused(run, env, prefix):
+    """S3 counts bytes, not characters."""
+    script = run("kafka_consumer.py", env={**env, "S3_PREFIX": prefix})
+    assert script.wait(15) == 2
     (line,) = script.lines("stderr")
     assert "S3_PREFIX" in line and "1024" in line.replace(",", "")
 
@@ -201,5 +208,5 @@ def test_more_uploads_at_once_than_records_in_hand_are_said(run, env, kafka, top
     produce(kafka.bootstrap, topic, VALUES[:1])
     many = {**env, "S3_MAX_CONCURRENCY": "300"}
     script = run("kafka_consumer.py", "--max-messages", "1", env=many)
-    assert script.wait() == 0
+    assert script.wait(15) == 0
     assert re.search(r"S3_MAX_CONCURRENCY=300.*\b256\b", script.stderr)

@@ -1,0 +1,120 @@
+"""Slow links and a silent S3: what is bounded is silence, not progress (promises 4 and 6)."""
+
+import time
+
+import pytest
+from helpers import committed, produce, until
+from proof import memory, object_name
+from s3_faults import FaultyS3
+
+pytestmark = pytest.mark.real
+
+MB = 1_000_000
+
+
+def large(n: int, size: int = MB) -> bytes:
+    """A JSON object of `size` bytes."""
+    start = b'{"n": %d, "pad": "' % n
+    return start + b"x" * (size - len(start) - 2) + b'"}'
+
+
+def holds(script) -> list[str]:
+    return [line for line in script.lines("stderr") if "holding at" in line]
+
+
+@pytest.mark.slow
+def test_a_link_of_90_kb_a_second_gets_records_of_1_mb_up(run, env, kafka, topic, bucket):
+    """Each takes 11 s, on a connection of its own; none is sent twice."""
+    values = [large(n) for n in range(4)]
+    produce(kafka.bootstrap, topic, values)
+    with FaultyS3(bandwidth=90_000) as s3:
+        script = run(
+            "kafka_consumer.py", "--max-messages", "4", env={**env, "S3_ENDPOINT_URL": s3.endpoint}
+        )
+        assert script.wait(60) == 0
+        assert s3.store == {f"{bucket}/{object_name(0, n)}": v for n, v in enumerate(values)}
+        # The first object is sent once more, to see that the store keeps the condition.
+        assert s3.received <= (len(values) + 1.1) * MB
+    assert holds(script) == []
+
+
+@pytest.mark.slow
+def test_a_link_that_64_uploads_share_sends_nothing_anew(run, env, kafka, topic):
+    count = 60
+    produce(kafka.bootstrap, topic, [large(n) for n in range(count)])
+    with FaultyS3(total_bandwidth=MB) as s3:
+        script = run(
+            *("kafka_consumer.py", "--max-messages", str(count)),
+            env={**env, "S3_ENDPOINT_URL": s3.endpoint},
+        )
+        assert script.wait(120) == 0
+        assert len(s3.store) == count
+        assert s3.received <= (count + 1.1) * MB
+    assert holds(script) == []
+
+
+@pytest.fixture
+def silent(run, env, kafka, topic):
+    """A store, and a consumer that has written a first object to it."""
+    with FaultyS3(latency=0.02) as s3:
+        produce(kafka.bootstrap, topic, [b'{"n": -1}'])
+        s3.script = run("kafka_consumer.py", env={**env, "S3_ENDPOINT_URL": s3.endpoint})
+        s3.script.wait_for("Upload Successfully", stream="stdout")
+        yield s3
+
+
+def test_after_a_time_out_it_first_asks_whether_the_object_is_there(
+    silent, env, kafka, topic, bucket
+):
+    """S3 stores and never says so: the object is not sent again and again."""
+    silent.fail("mute", only=("put",))
+    produce(kafka.bootstrap, topic, [large(1, 400_000)])
+    name = object_name(0, 1)
+    silent.script.wait_for(name, timeout=25, stream="stdout")
+    assert [put.key for put in silent.stored()].count(f"{bucket}/{name}") == 1
+    assert len([put for put in silent.puts() if put.key.endswith(name)]) == 1
+
+
+@pytest.mark.slow
+def test_after_a_hold_by_time_out_the_number_under_way_grows_from_one(silent, kafka, topic):
+    silent.fail("hang")
+    produce(kafka.bootstrap, topic, [b'{"n": %d}' % n for n in range(200)])
+    silent.script.wait_for("holding at", timeout=20, stream="stderr")
+    silent.latency = 0.2
+    healed = time.monotonic()
+    silent.heal()
+    until(lambda: len(silent.stored(healed)) >= 100, timeout=20)
+    answered = silent.stored(healed)
+    for put in answered[:32]:
+        before = [other for other in answered if other.time + other.took <= put.time]
+        under_way = [
+            other for other in answered if other.time <= put.time < other.time + other.took
+        ]
+        assert len(under_way) <= 2 * len(before) + 2, "all at once"
+
+
+@pytest.mark.slow
+def test_after_silence_records_of_1_mb_go_on_within_5_s_of_recovery(silent, kafka, topic):
+    for silence in (4, 9, 14):
+        silent.fail("hang")
+        produce(kafka.bootstrap, topic, [large(n) for n in range(10)])
+        time.sleep(silence)
+        healed = time.monotonic()
+        silent.heal()
+        until(lambda t=healed: silent.stored(t), timeout=5, what=f"an object after {silence} s")
+        until(lambda t=healed: len(silent.stored(t)) == 10, timeout=30)
+    silent.script.terminate()
+    assert silent.script.wait() == 0
+
+
+@pytest.mark.slow
+def test_a_hold_takes_no_more_memory_the_larger_the_records_are(silent, kafka, topic):
+    """About 32 MB are in hand, and what the client has fetched; not 256 records of any size."""
+    before = memory(silent.script.pid)
+    silent.fail("503")
+    produce(kafka.bootstrap, topic, [large(n) for n in range(200)])
+    silent.script.wait_for("holding at", stream="stderr")
+    time.sleep(15)
+    during = memory(silent.script.pid)
+    print(f"before the hold {before:.1f} MB, at its end {during:.1f} MB")
+    assert during < before + 90
