@@ -20,7 +20,7 @@ PROGRAM = """\
 cd "$(dirname "$0")"
 echo run >> runs
 [ -e slow ] && sleep "$(cat slow)"
-[ -e broken ] && {{ echo "no token: sign in again" >&2; exit 1; }}
+[ -e broken ] && { echo "no token: sign in again" >&2; exit 1; }
 cat answer
 """
 
@@ -31,7 +31,7 @@ class Process:
     def __init__(self, folder: Path):
         self.folder = folder
         program = folder / "credentials.sh"
-        program.write_text(PROGRAM.replace("{{", "{").replace("}}", "}"))
+        program.write_text(PROGRAM)
         program.chmod(0o755)
         self.config = folder / "config"
         self.config.write_text(f"[default]\ncredential_process = {program}\n")
@@ -184,7 +184,7 @@ def test_a_process_that_fails_for_one_look_is_asked_again(
     process.breaks()
     store.access_keys = {"second"}
     before = process.runs
-    (offset,) = produce(kafka.bootstrap, topic, [b'{"n": 1}'])
+    produce(kafka.bootstrap, topic, [b'{"n": 1}'])
     script.wait_for("holding at .*ExpiredToken", timeout=5, stream="stderr")
     until(lambda: process.runs > before, timeout=15, what="a look for new credentials")
     time.sleep(1)

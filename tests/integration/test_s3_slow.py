@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from helpers import committed, produce, until
+from helpers import produce, until
 from proof import memory, object_name
 from s3_faults import FaultyS3
 
@@ -54,37 +54,44 @@ def test_a_link_that_64_uploads_share_sends_nothing_anew(run, env, kafka, topic)
 
 
 @pytest.fixture
-def silent(run, env, kafka, topic):
-    """A store, and a consumer that has written a first object to it."""
-    with FaultyS3(latency=0.02) as s3:
-        produce(kafka.bootstrap, topic, [b'{"n": -1}'])
-        s3.script = run("kafka_consumer.py", env={**env, "S3_ENDPOINT_URL": s3.endpoint})
-        s3.script.wait_for("Upload Successfully", stream="stdout")
-        yield s3
+def store():
+    with FaultyS3(latency=0.02) as store:
+        yield store
+
+
+@pytest.fixture
+def consumer(run, env, kafka, topic, store):
+    """A consumer that has written a first object to the store."""
+    produce(kafka.bootstrap, topic, [b'{"n": -1}'])
+    script = run("kafka_consumer.py", env={**env, "S3_ENDPOINT_URL": store.endpoint})
+    script.wait_for("Upload Successfully", stream="stdout")
+    return script
 
 
 def test_after_a_time_out_it_first_asks_whether_the_object_is_there(
-    silent, env, kafka, topic, bucket
+    consumer, store, kafka, topic, bucket
 ):
     """S3 stores and never says so: the object is not sent again and again."""
-    silent.fail("mute", only=("put",))
+    store.fail("mute", only=("put",))
     produce(kafka.bootstrap, topic, [large(1, 400_000)])
     name = object_name(0, 1)
-    silent.script.wait_for(name, timeout=25, stream="stdout")
-    assert [put.key for put in silent.stored()].count(f"{bucket}/{name}") == 1
-    assert len([put for put in silent.puts() if put.key.endswith(name)]) == 1
+    consumer.wait_for(name, timeout=25, stream="stdout")
+    assert [put.key for put in store.stored()].count(f"{bucket}/{name}") == 1
+    assert len([put for put in store.puts() if put.key.endswith(name)]) == 1
 
 
 @pytest.mark.slow
-def test_after_a_hold_by_time_out_the_number_under_way_grows_from_one(silent, kafka, topic):
-    silent.fail("hang")
+def test_after_a_hold_by_time_out_the_number_under_way_grows_from_one(
+    consumer, store, kafka, topic
+):
+    store.fail("hang")
     produce(kafka.bootstrap, topic, [b'{"n": %d}' % n for n in range(200)])
-    silent.script.wait_for("holding at", timeout=20, stream="stderr")
-    silent.latency = 0.2
+    consumer.wait_for("holding at", timeout=20, stream="stderr")
+    store.latency = 0.2
     healed = time.monotonic()
-    silent.heal()
-    until(lambda: len(silent.stored(healed)) >= 100, timeout=20)
-    answered = silent.stored(healed)
+    store.heal()
+    until(lambda: len(store.stored(healed)) >= 100, timeout=20)
+    answered = store.stored(healed)
     for put in answered[:32]:
         before = [other for other in answered if other.time + other.took <= put.time]
         under_way = [
@@ -94,27 +101,27 @@ def test_after_a_hold_by_time_out_the_number_under_way_grows_from_one(silent, ka
 
 
 @pytest.mark.slow
-def test_after_silence_records_of_1_mb_go_on_within_5_s_of_recovery(silent, kafka, topic):
+def test_after_silence_records_of_1_mb_go_on_within_5_s_of_recovery(consumer, store, kafka, topic):
     for silence in (4, 9, 14):
-        silent.fail("hang")
+        store.fail("hang")
         produce(kafka.bootstrap, topic, [large(n) for n in range(10)])
         time.sleep(silence)
         healed = time.monotonic()
-        silent.heal()
-        until(lambda t=healed: silent.stored(t), timeout=5, what=f"an object after {silence} s")
-        until(lambda t=healed: len(silent.stored(t)) == 10, timeout=30)
-    silent.script.terminate()
-    assert silent.script.wait() == 0
+        store.heal()
+        until(lambda t=healed: store.stored(t), timeout=5, what=f"an object after {silence} s")
+        until(lambda t=healed: len(store.stored(t)) == 10, timeout=30)
+    consumer.terminate()
+    assert consumer.wait() == 0
 
 
 @pytest.mark.slow
-def test_a_hold_takes_no_more_memory_the_larger_the_records_are(silent, kafka, topic):
+def test_a_hold_takes_no_more_memory_the_larger_the_records_are(consumer, store, kafka, topic):
     """About 32 MB are in hand, and what the client has fetched; not 256 records of any size."""
-    before = memory(silent.script.pid)
-    silent.fail("503")
+    before = memory(consumer.pid)
+    store.fail("503")
     produce(kafka.bootstrap, topic, [large(n) for n in range(200)])
-    silent.script.wait_for("holding at", stream="stderr")
+    consumer.wait_for("holding at", stream="stderr")
     time.sleep(15)
-    during = memory(silent.script.pid)
+    during = memory(consumer.pid)
     print(f"before the hold {before:.1f} MB, at its end {during:.1f} MB")
     assert during < before + 90
