@@ -109,6 +109,7 @@ class FaultyS3:
         traits: Iterable[str] = (),
         bandwidth: float = 0.0,
         total_bandwidth: float = 0.0,
+        buffered: bool = False,
     ):
         self.upstream = urlsplit(upstream) if upstream else None
         self.latency = latency  # seconds before each answer
@@ -117,6 +118,7 @@ class FaultyS3:
         assert self.traits <= set(TRAITS), traits
         self.bandwidth = bandwidth  # bytes a second of what is sent here, by connection
         self.total_bandwidth = total_bandwidth  # the same, of all connections together
+        self.buffered = buffered  # the way to the slow link takes all that is sent at once
         self.access_keys: set[str] = set()  # if there are any: all others have expired
         self.requests: list[Seen] = []
         self.received = 0  # bytes of bodies, those of uploads that were broken off too
@@ -139,7 +141,7 @@ class FaultyS3:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._call(self._close())
+        self._call(self._end())
         self._loop.call_soon_threadsafe(self._loop.stop)
 
     def fail(self, kind: str, probability: float = 1.0, only: tuple[str, ...] = ()) -> None:
@@ -175,10 +177,10 @@ class FaultyS3:
 
     async def _open(self) -> None:
         if self._server is None:
-            slow = bool(self.bandwidth or self.total_bandwidth)
-            listener = _listener(self.port, slow)
+            narrow = bool(self.bandwidth or self.total_bandwidth) and not self.buffered
+            listener = _listener(self.port, narrow)
             self._server = await asyncio.start_server(
-                self._serve, sock=listener, backlog=512, limit=2**13 if slow else 2**16
+                self._serve, sock=listener, backlog=512, limit=2**13 if narrow else 2**16
             )
             self.port = listener.getsockname()[1]
 
@@ -188,6 +190,13 @@ class FaultyS3:
             self._server = None
         for writer in list(self._writers):
             _reset(writer)
+
+    async def _end(self) -> None:
+        await self._close()
+        open_connections = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in open_connections:
+            task.cancel()
+        await asyncio.gather(*open_connections, return_exceptions=True)
 
     def _breaks(self, operation: str, key: str) -> str | bytes:
         if self._fault is None:
@@ -423,12 +432,12 @@ def _bucket_operation(method: str, query: str) -> str:
     return next((name for name in ("location", "session") if query.startswith(name)), "list")
 
 
-def _listener(port: int, slow: bool) -> socket.socket:
-    """A socket to listen at. On the loopback the kernel takes megabytes at once; of a slow link
-    it takes a few packets of the usual size, as it does between two machines."""
+def _listener(port: int, narrow: bool) -> socket.socket:
+    """A socket to listen at. The loopback takes megabytes at once; a narrow one takes a few packets
+    of the usual size, as a slow link between two machines does."""
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if slow:
+    if narrow:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1400)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**13)
     listener.bind(("127.0.0.1", port))

@@ -86,6 +86,16 @@ def test_what_is_not_s3s_own_answer_makes_no_object(
         ends_whole(consumer, kafka, topic, objects)
 
 
+def test_a_balancer_that_answers_a_third_of_the_uploads_itself_costs_no_record(
+    run, env, kafka, topic, faulty, objects
+):
+    produce(kafka.bootstrap, topic, [b'{"n": %d}' % n for n in range(30)])
+    faulty.answer(page(), probability=0.33, only=("put",))
+    settings = {**env, "S3_ENDPOINT_URL": faulty.endpoint}
+    assert run("kafka_consumer.py", "--max-messages", "30", env=settings).wait() == 0
+    assert_whole(records(kafka.bootstrap, topic), objects())
+
+
 def test_no_redirect_is_followed_and_the_line_says_where_it_leads_and_what_to_set(
     kafka, topic, consumer, holds, objects, elsewhere, subtests
 ):
