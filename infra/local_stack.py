@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TypeVar
 
 import botocore.config
 import botocore.session
@@ -38,6 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LOCAL = ROOT / ".local"  # what is fetched or built; ignored by git
 EXAMPLE = dotenv_values(ROOT / ".env.example", interpolate=False)
 API_VERSION = (2, 8, 1)
+T = TypeVar("T")
 
 # Linux: the kernel kills the child when the thread that started it dies, however it dies. Set by
 # the child itself, since code between fork and exec is unsafe in a process with threads.
@@ -106,8 +108,11 @@ def end(process: subprocess.Popen | None, timeout: float = 20) -> None:
         process.wait()
 
 
-def _tail(log: Path, lines: int = 20) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:]) if log.exists() else ""
+def tail(log: Path, lines: int = 20) -> str:
+    """The last lines of a log; nothing where there is none."""
+    if not log.exists():
+        return ""
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
 
 
 def _wait_listening(process: subprocess.Popen, port: int, log: Path, timeout: float = 60) -> None:
@@ -120,7 +125,7 @@ def _wait_listening(process: subprocess.Popen, port: int, log: Path, timeout: fl
         except OSError:
             if process.poll() is not None or time.monotonic() > deadline:
                 end(process)
-                raise StackError(f"{log.stem} did not start; its log ends:\n{_tail(log)}") from None
+                raise StackError(f"{log.stem} did not start; its log ends:\n{tail(log)}") from None
             time.sleep(0.02)
 
 
@@ -165,38 +170,86 @@ def kafka_home() -> Path:
     return home
 
 
-class Kafka:
-    """Apache Kafka 3.3.1 and ZooKeeper as two child processes on the loopback, data under `folder`.
+def kafka_jars() -> str:
+    """The class path of Kafka's programs."""
+    return f"{kafka_home()}/libs/*"
 
-    The listener CLIENT is for the scripts, at `port`; INTERNAL is always plaintext, for the broker
-    itself and for the methods here. So a test can secure CLIENT alone, by overriding
-    `listener.security.protocol.map`.
-    """
 
-    def __init__(
-        self,
-        folder: Path,
-        port: int = 0,
-        *,
-        zookeeper_port: int = 0,
-        overrides: Mapping[str, str] | None = None,
-    ):
+def start_jvm(
+    main_class: str, properties: Mapping[str, str], log: Path, *flags: str
+) -> subprocess.Popen:
+    """Start a server of Kafka's jars with `properties` as its file, which stands beside its log."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log4j = log.with_name("log4j.properties")
+    log4j.write_text(_LOG4J)
+    config = log.with_suffix(".properties")
+    config.write_text("".join(f"{key}={value}\n" for key, value in properties.items()))
+    command = [java(), *flags, f"-Dlog4j.configuration=file:{log4j}", "-cp", kafka_jars()]
+    return spawn([*command, main_class, str(config)], log)
+
+
+class ZooKeeper:
+    """ZooKeeper as a child process on the loopback; its data and log are under `folder`."""
+
+    def __init__(self, folder: Path, port: int = 0):
         self.folder = Path(folder)
         self.port = port or free_port()
-        self.zookeeper_port = zookeeper_port or free_port()
+        self.log = self.folder / "zookeeper.log"
+        self.process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        """Start it; return when it listens."""
+        properties = {
+            "dataDir": str(self.folder / "zookeeper"),
+            "clientPort": str(self.port),
+            "clientPortAddress": "127.0.0.1",
+            "admin.enableServer": "false",
+            "4lw.commands.whitelist": "dump",
+            "maxClientCnxns": "0",
+        }
+        main_class = "org.apache.zookeeper.server.quorum.QuorumPeerMain"
+        self.process = start_jvm(main_class, properties, self.log, "-Xmx128M")
+        _wait_listening(self.process, self.port, self.log)
+
+    def stop(self) -> None:
+        """SIGTERM; return when it has ended."""
+        end(self.process)
+
+    def knows(self, broker_id: str) -> bool:
+        """Whether that broker is still registered, or there is no answer yet: a ZooKeeper that has
+        just begun to listen drops the first question."""
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), 1) as connection:
+                connection.sendall(b"dump")
+                answer = connection.makefile("r").read()
+        except OSError:
+            return True
+        return not answer or f"/brokers/ids/{broker_id}\n" in answer
+
+
+class Kafka:
+    """Apache Kafka 3.3.1 and its ZooKeeper on the loopback; data and logs are under `folder`.
+
+    The listener CLIENT is for the scripts, at `port`; INTERNAL is always plaintext, for the broker
+    itself and for the methods here.
+    """
+
+    def __init__(self, folder: Path, port: int = 0):
+        self.folder = Path(folder)
+        self.port = port or free_port()
         self.internal_port = free_port()
         self.bootstrap = f"127.0.0.1:{self.port}"
         self.internal = f"127.0.0.1:{self.internal_port}"
+        self.log = self.folder / "broker.log"
+        self.zookeeper = ZooKeeper(folder)
         self.broker: subprocess.Popen | None = None
-        self.zookeeper: subprocess.Popen | None = None
-        self._java = java()
-        self._libs = kafka_home() / "libs"
+        kafka_jars()  # what is missing is said before anything is started
         self.properties = {
             "broker.id": "0",
             "listeners": f"CLIENT://{self.bootstrap},INTERNAL://{self.internal}",
             "listener.security.protocol.map": "CLIENT:PLAINTEXT,INTERNAL:PLAINTEXT",
             "inter.broker.listener.name": "INTERNAL",
-            "zookeeper.connect": f"127.0.0.1:{self.zookeeper_port}",
+            "zookeeper.connect": f"127.0.0.1:{self.zookeeper.port}",
             "zookeeper.session.timeout.ms": "6000",
             "log.dirs": str(self.folder / "kafka"),
             "auto.create.topics.enable": "false",
@@ -207,21 +260,12 @@ class Kafka:
             "group.initial.rebalance.delay.ms": "0",
             # The default, 128 MB, is half of the heap.
             "log.cleaner.dedupe.buffer.size": "16777216",
-            **(overrides or {}),
         }
-
-    @property
-    def pids(self) -> dict[str, int]:
-        """The pids of what runs: broker, zookeeper."""
-        both = {"broker": self.broker, "zookeeper": self.zookeeper}
-        return {name: p.pid for name, p in both.items() if p is not None and p.poll() is None}
 
     def start(self) -> Kafka:
         """Start ZooKeeper and the broker; return when the broker answers. All or nothing."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._write("log4j.properties", _LOG4J)
         try:
-            self._start_zookeeper()
+            self.zookeeper.start()
             self.start_broker()
         except BaseException:
             self.stop()
@@ -231,52 +275,43 @@ class Kafka:
     def stop(self) -> None:
         """Stop the broker, then ZooKeeper."""
         self.stop_broker()
-        end(self.zookeeper)
-
-    def kill(self) -> None:
-        """kill -9 of the broker."""
-        if self.broker is not None:
-            self.broker.kill()
-            self.broker.wait()
+        self.zookeeper.stop()
 
     def start_broker(self, timeout: float = 60) -> None:
         """Start the broker; return when it answers. ZooKeeper refuses a new one until the session
         of one that was killed is over: that takes up to 6 s, and is waited for here."""
-        properties = "".join(f"{key}={value}\n" for key, value in self.properties.items())
-        config, log = self._write("server.properties", properties), self.folder / "broker.log"
         deadline = time.monotonic() + timeout
-        while self._registered() and time.monotonic() < deadline:
+        while self.zookeeper.knows(self.properties["broker.id"]) and time.monotonic() < deadline:
             time.sleep(0.1)
-        self.broker = self._jvm(log, ["-Xmx256M", "-Xms128M"], "kafka.Kafka", config)
-        _wait_listening(self.broker, self.internal_port, log, timeout)
+        self.broker = start_jvm("kafka.Kafka", self.properties, self.log, "-Xmx256M", "-Xms128M")
+        _wait_listening(self.broker, self.internal_port, self.log, timeout)
         while True:  # the port opens before requests are served, and those before a controller is
             try:
-                return self._admin(lambda admin: admin.list_topics())
+                return self.admin(lambda admin: admin.list_topics())
             except (KafkaError, AssertionError) as error:  # the client's own, on a slow machine
                 if self.broker.poll() is not None or time.monotonic() > deadline:
                     end(self.broker)
-                    raise StackError(f"{error}; the broker's log ends:\n{_tail(log)}") from None
+                    raise StackError(f"{error}; the broker's log ends:\n{tail(self.log)}") from None
                 time.sleep(0.05)
 
     def stop_broker(self) -> None:
         """SIGTERM to the broker; return when it has ended."""
         end(self.broker)
 
-    def restart_zookeeper(self) -> None:
-        """Stop ZooKeeper and start it again on the same port and data."""
-        end(self.zookeeper)
-        self._start_zookeeper()
-
     def create_topic(
-        self, name: str, partitions: int = 1, config: Mapping[str, str] | None = None
+        self,
+        name: str,
+        partitions: int = 1,
+        config: Mapping[str, str] | None = None,
+        replicas: int = 1,
     ) -> None:
-        """Create a topic; return when it can be used. A broker that has just started may not have
-        its controller yet, and one that deletes a topic of this name is waited for too."""
-        topic = NewTopic(name, partitions, 1, topic_configs=dict(config or {}))
+        """Create a topic; return when it can be used. TopicAlreadyExistsError where it is there.
+        A broker that has just started may not have its controller yet: that is waited for."""
+        topic = NewTopic(name, partitions, replicas, topic_configs=dict(config or {}))
         deadline, failed = time.monotonic() + 20, False
         while True:
             try:
-                return self._admin(lambda admin: admin.create_topics([topic], timeout_ms=20000))
+                return self.admin(lambda admin: admin.create_topics([topic], timeout_ms=20000))
             except KafkaError as error:
                 exists = isinstance(error, TopicAlreadyExistsError)
                 if exists and failed:
@@ -286,63 +321,11 @@ class Kafka:
                 failed = failed or not exists
                 time.sleep(0.2)
 
-    def delete_topic(self, name: str) -> None:
-        """Delete a topic; return when the broker no longer names it."""
-        self._admin(lambda admin: admin.delete_topics([name], timeout_ms=20000))
-
-    def command(self, main_class: str, *args: str) -> str:
-        """Run one of Kafka's own tools by its class, as bin/*.sh do (kafka-consumer-groups.sh is
-        kafka.admin.ConsumerGroupCommand); its output. CalledProcessError when it fails."""
-        command = [self._java, "-cp", f"{self._libs}/*", main_class, *args]
-        return subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=60
-        ).stdout
-
-    def log_tail(self, lines: int = 30) -> str:
-        """The last lines of the broker's log."""
-        return _tail(self.folder / "broker.log", lines)
-
-    def _start_zookeeper(self) -> None:
-        config = self._write(
-            "zookeeper.properties",
-            f"dataDir={self.folder / 'zookeeper'}\n"
-            f"clientPort={self.zookeeper_port}\n"
-            "clientPortAddress=127.0.0.1\n"
-            "admin.enableServer=false\n"
-            "4lw.commands.whitelist=dump\n"
-            "maxClientCnxns=0\n",
-        )
-        log = self.folder / "zookeeper.log"
-        main_class = "org.apache.zookeeper.server.quorum.QuorumPeerMain"
-        self.zookeeper = self._jvm(log, ["-Xmx128M"], main_class, config)
-        _wait_listening(self.zookeeper, self.zookeeper_port, log)
-
-    def _jvm(self, log: Path, flags: list[str], main_class: str, config: Path) -> subprocess.Popen:
-        log4j = f"-Dlog4j.configuration=file:{self.folder / 'log4j.properties'}"
-        return spawn(
-            [self._java, *flags, log4j, "-cp", f"{self._libs}/*", main_class, str(config)], log
-        )
-
-    def _write(self, name: str, text: str) -> Path:
-        path = self.folder / name
-        path.write_text(text)
-        return path
-
-    def _registered(self) -> bool:
-        """Whether ZooKeeper still knows a broker, or has no answer yet (one that has just begun to
-        listen drops the first question)."""
-        try:
-            with socket.create_connection(("127.0.0.1", self.zookeeper_port), 1) as connection:
-                connection.sendall(b"dump")
-                answer = connection.makefile("rb").read()
-        except OSError:
-            return True
-        return not answer or b"/brokers/ids/" in answer
-
-    def _admin(self, ask: Callable[[KafkaAdminClient], object]) -> None:
+    def admin(self, ask: Callable[[KafkaAdminClient], T]) -> T:
+        """The answer to one question to the broker."""
         admin = KafkaAdminClient(bootstrap_servers=self.internal, api_version=API_VERSION)
         try:
-            ask(admin)
+            return ask(admin)
         finally:
             admin.close()
 
@@ -562,7 +545,7 @@ def run(port: int, s3_port: int) -> None:
         print("Ready. Ctrl-C stops both and removes their data.", flush=True)
         children = {"S3": s3.process}
         if isinstance(kafka, Kafka):
-            children |= {"the broker": kafka.broker, "ZooKeeper": kafka.zookeeper}
+            children |= {"the broker": kafka.broker, "ZooKeeper": kafka.zookeeper.process}
         while True:
             for name, child in children.items():
                 if child is not None and child.poll() is not None:
