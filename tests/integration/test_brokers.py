@@ -7,14 +7,14 @@ import secrets
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import committed, produce, until
-from kafka.admin import KafkaAdminClient, NewTopic
-from local_stack import API_VERSION, Kafka
+from confluent_kafka import KafkaException
+from confluent_kafka.admin import AdminClient
+from helpers import Kafka, KafkaCluster, committed, produce, until
+from kafka.admin import NewTopic
 from relay import Relay
 from s3_faults import FaultyS3
 
@@ -23,81 +23,55 @@ pytestmark = pytest.mark.real
 SOON = 15  # seconds within which promise 9 wants a word
 
 
-class Broker(Kafka):
-    """One broker of several: that ZooKeeper knows others is no reason to wait."""
-
-    def _registered(self) -> bool:
-        return False
-
-
-class Cluster:
+class Relayed:
     """Two brokers, each behind a relay whose address it advertises to clients.
 
     A relay that is cut takes a broker away from clients alone: it goes on leading its partitions.
     """
 
-    def __init__(self, folder: Path):
-        first = Broker(folder / "0")
-        second = Broker(
-            folder / "1", zookeeper_port=first.zookeeper_port, overrides={"broker.id": "1"}
-        )
-        self.brokers = [first, second]
-        self.relays: list[Relay] = []
-
-    def start(self, stack: ExitStack) -> "Cluster":
-        for broker in self.brokers:
-            relay = stack.enter_context(Relay(broker.port))
-            self.relays.append(relay)
+    def __init__(self, cluster: KafkaCluster, relays: list[Relay]):
+        self.relays = relays
+        for broker, relay in zip(cluster.brokers, relays, strict=True):
             broker.properties["advertised.listeners"] = (
                 f"CLIENT://{relay.address},INTERNAL://{broker.internal}"
             )
-        stack.callback(self.brokers[0].stop)
-        self.brokers[0].start()
-        second = self.brokers[1]
-        stack.callback(second.stop_broker)
-        second.folder.mkdir(parents=True)
-        (second.folder / "log4j.properties").write_text(
-            (self.brokers[0].folder / "log4j.properties").read_text()
-        )
-        second.start_broker()
-        return self
-
-    @property
-    def internal(self) -> str:
-        return self.brokers[0].internal
+        self.admin = cluster.brokers[0].admin
+        self.internal = cluster.brokers[0].internal  # for the tests: around the relays
 
     def create_topic(self, name: str, leaders: list[int]) -> None:
         """A topic whose partition p is led by broker leaders[p]."""
-        admin = KafkaAdminClient(bootstrap_servers=self.internal, api_version=API_VERSION)
         places = {partition: [leader] for partition, leader in enumerate(leaders)}
         topic = NewTopic(name, -1, -1, replica_assignments=places)
-        admin.create_topics([topic], timeout_ms=20000)
-        admin.close()
+        self.admin(lambda admin: admin.create_topics([topic], timeout_ms=20000))
 
     def coordinator(self, group: str) -> int:
-        """The broker that coordinates the group; the first to ask makes its topic."""
-        admin = KafkaAdminClient(bootstrap_servers=self.internal, api_version=API_VERSION)
-        try:
-            return until(lambda: _coordinator(admin, group) + 1) - 1
-        finally:
-            admin.close()
+        """The broker that coordinates the group; asking makes the topic of all groups."""
+        client = AdminClient({"bootstrap.servers": self.internal})
+
+        def found() -> list[int]:
+            try:
+                answer = client.describe_consumer_groups([group])[group].result(10)
+            except KafkaException:  # the topic of all groups is being made
+                return []
+            return [answer.coordinator.id]
+
+        return until(found)[0]
 
     def heal(self) -> None:
         for relay in self.relays:
             relay.heal()
 
 
-def _coordinator(admin: KafkaAdminClient, group: str) -> int:
-    try:
-        return admin._find_coordinator_ids([group])[group]
-    except Exception:  # not yet known
-        return -1
-
-
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    with ExitStack() as stack:
-        yield Cluster(tmp_path_factory.mktemp("cluster")).start(stack)
+    brokers = KafkaCluster(tmp_path_factory.mktemp("cluster"), count=2)
+    with Relay(brokers.brokers[0].port) as first, Relay(brokers.brokers[1].port) as second:
+        relayed = Relayed(brokers, [first, second])
+        try:
+            brokers.start()
+            yield relayed
+        finally:
+            brokers.stop()
 
 
 @pytest.fixture
@@ -185,7 +159,7 @@ def test_a_protocol_version_that_the_broker_no_longer_answers_is_said(run, env, 
 # ------------------------------------------------------------- one broker cannot be reached
 
 
-def write_to_both(cluster: Cluster, topic: str, count: int = 3) -> None:
+def write_to_both(cluster: Relayed, topic: str, count: int = 3) -> None:
     for partition in range(2):
         produce(cluster.internal, topic, [b'{"n": 1}'] * count, partition=partition)
 

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from confluent_kafka import Consumer, ConsumerGroupTopicPartitions
 from confluent_kafka.admin import AdminClient
-from helpers import committed, produce, until
-from proof import delete_records, members, until_done
+from helpers import committed, delete_records, members, produce, until, until_done
 
 pytestmark = pytest.mark.real
 
