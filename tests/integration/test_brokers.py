@@ -6,7 +6,9 @@ import re
 import secrets
 import socket
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 from helpers import Kafka, KafkaCluster, committed, produce, until
 from kafka.admin import NewTopic
+from kafka.errors import KafkaError
 from relay import Relay
 from s3_faults import FaultyS3
 
@@ -36,6 +39,7 @@ class Relayed:
                 f"CLIENT://{relay.address},INTERNAL://{broker.internal}"
             )
         self.admin = cluster.brokers[0].admin
+        self.log_tail = cluster.log_tail
         self.internal = cluster.brokers[0].internal  # for the tests: around the relays
 
     def create_topic(self, name: str, leaders: list[int]) -> None:
@@ -99,11 +103,14 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def idles(script: Any, seconds: float = 5) -> bool:
-    """Whether the script needs less than a quarter of a core for so many seconds."""
-    before = cpu_seconds(script.pid)
-    time.sleep(seconds)
-    return cpu_seconds(script.pid) - before < seconds / 4
+@contextmanager
+def idle(script: Any) -> Iterator[None]:
+    """The block, of some seconds, costs the script less than a quarter of a core."""
+    before, began = cpu_seconds(script.pid), time.monotonic()
+    yield
+    seconds = time.monotonic() - began
+    used = cpu_seconds(script.pid) - before
+    assert used < max(1, seconds / 4), f"{used:.1f} s on the CPU in {seconds:.1f} s"
 
 
 def statuses(script: Any) -> list[str]:
@@ -138,8 +145,8 @@ def test_a_fetch_that_the_broker_refuses_is_said_with_place_reason_and_way_out(
     assert "compression.type" in line
     assert "KAFKA_API_VERSION" in line
     assert re.search("76|UnsupportedCompression|[Uu]nexpected error", line), "the client's words"
-    assert re.search(r"lag (5|\?)", next_status(script))
-    assert idles(script)
+    with idle(script):
+        assert re.search(r"lag (5|\?)", next_status(script))
     assert objects() == {}
     ends_when_asked(script)
 
@@ -256,9 +263,9 @@ def test_brokers_that_stop_answering_are_said_by_both_scripts_in_the_same_words(
     both = (consumer, producer)
     for script in both:
         script.wait_for(r"no answer from the broker for \d+ s", timeout=SOON, stream="stderr")
-    lag = re.search(r"lag (\d+|\?)", next_status(consumer))
+    with idle(consumer):
+        lag = re.search(r"lag (\d+|\?)", next_status(consumer))
     assert lag and (lag[1] == "?" or int(lag[1]) >= 500), lag
-    assert idles(consumer)
     cluster.heal()
     for script in both:
         script.wait_for(r"the broker answers again after \d+(\.\d)? s", timeout=20, stream="stderr")
@@ -285,6 +292,72 @@ def test_brokers_that_do_not_answer_are_said_again_every_30_s(run, cluster, two)
         assert script.wait(timeout=10) == 0
 
 
+@pytest.mark.slow
+def test_a_slow_broker_is_not_called_mute(run, cluster, two):
+    for relay in cluster.relays:
+        relay.delay = 0.7
+    write_to_both(cluster, two["topic"])
+    script = run("kafka_consumer.py", env=two["env"])
+    script.wait_for(r"[^1]/stock_market_2\.json", timeout=60)
+    script.wait_for(r"partition=1/stock_market_2\.json", timeout=60)
+    for _ in range(2):
+        assert "lag 0" in next_status(script)
+    assert "no answer" not in script.stderr
+    ends_when_asked(script)
+
+
+def test_answers_that_are_spoilt_on_the_way_show_no_traceback(run, cluster, two):
+    """Whatever the client makes of them: it goes on, or ends with one line."""
+    write_to_both(cluster, two["topic"])
+    script = run("kafka_consumer.py", env=two["env"])
+    script.wait_for(r"partition=1/stock_market_2\.json", timeout=20)
+    for relay in cluster.relays:  # behind the length and the number of the request
+        relay.spoil = lambda data: data[:8] + bytes(byte ^ 0x55 for byte in data[8:])
+    time.sleep(1)
+    cluster.heal()
+    write_to_both(cluster, two["topic"])
+
+    def over() -> bool:
+        return script.process.poll() is not None or script.stdout.count("market_5.json") == 2
+
+    until(over, 30, "the end, or the records that came later")
+    if script.process.poll() is None:
+        return ends_when_asked(script)
+    assert script.wait() == 1
+    assert "Traceback" not in script.stderr
+    assert len([line for line in script.lines("stderr") if " ERROR " in line]) == 1
+
+
+@pytest.mark.slow
+def test_a_topic_made_anew_while_no_broker_could_be_reached_ends_it(run, cluster, two, objects):
+    topic, group = two["topic"], two["env"]["KAFKA_GROUP_ID"]
+    write_to_both(cluster, topic)
+    script = run("kafka_consumer.py", env=two["env"])
+    until(lambda: committed(cluster.internal, group, topic) == {0: 3, 1: 3}, what="both committed")
+    before = objects()
+    for relay in cluster.relays:
+        relay.cut()
+    cluster.admin(lambda admin: admin.delete_topics([topic], timeout_ms=20000))
+    until(lambda: made(cluster, topic, [two["near"], two["far"]]), what="the topic anew")
+    for partition in range(2):
+        produce(cluster.internal, topic, [b'{"new": 1}'] * 20, partition=partition)
+    cluster.heal()
+    assert script.wait(timeout=40) == 1
+    assert re.search(rf"ERROR .*{topic}.*(made anew|committed position)", script.stderr)
+    assert "Traceback" not in script.stderr
+    assert objects() == before
+    assert set(committed(cluster.internal, group, topic).values()) <= {0}
+
+
+def made(cluster: Relayed, topic: str, leaders: list[int]) -> bool:
+    """Whether the topic could be made; the broker refuses while it deletes one of this name."""
+    try:
+        cluster.create_topic(topic, leaders)
+    except KafkaError:
+        return False
+    return True
+
+
 # ----------------------------------------------------------- nothing in a hold asks a broker
 
 
@@ -301,7 +374,6 @@ def test_a_hold_goes_on_booking_and_committing_while_the_leader_is_mute(
         script = run("kafka_consumer.py", env=env)
         script.wait_for("holding at", timeout=20, stream="stderr")
         far.mute()
-        next_status(script)
         next_status(script)
         faulty.heal()
         script.wait_for(r"partition=1/stock_market_2\.json", timeout=10)
@@ -336,15 +408,15 @@ def test_a_topic_deleted_under_an_idle_consumer_is_said(run, env, kafka, topic):
     script.wait_for("Upload Successfully")
     until(lambda: committed(kafka.bootstrap, env["KAFKA_GROUP_ID"], topic).get(0) == 1)
     kafka.delete_topic(topic)
-    gone = "deleted|does not exist|is gone|missing|no such topic|not there|made anew|unknown"
+    gone = "deleted|does not exist|is gone|missing|no such topic|not found|no longer|made anew"
     script.wait_for(
         rf"(WARNING|ERROR) .*{topic}\b.*({gone})|(WARNING|ERROR) .*({gone}).*{topic}\b",
         timeout=SOON,
         stream="stderr",
     )
     if script.process.poll() is None:
-        assert "lag 0" not in next_status(script)
-        assert idles(script)
+        with idle(script):
+            assert "lag 0" not in next_status(script)
         script.terminate()
         assert script.wait(timeout=10) == 0
     assert "Traceback" not in script.stderr
@@ -368,32 +440,32 @@ def go_on(scripts) -> None:
 
 
 @pytest.mark.parametrize("how", ["hang_up", "mute"])
-def test_a_broker_that_listens_and_answers_4_s_later_is_waited_for_at_the_start(
+def test_a_broker_that_listens_and_answers_3_s_later_is_waited_for_at_the_start(
     run, env, kafka, how
 ):
     with Relay(kafka.port) as relay:
         getattr(relay, how)()
         scripts = both_scripts(run, {**env, "KAFKA_BOOTSTRAP_SERVERS": relay.address})
         until(lambda: relay.connections >= 2, what="both have asked")
-        time.sleep(4)
+        time.sleep(3)
         relay.heal()
         go_on(scripts)
 
 
-def test_a_topic_that_appears_4_s_later_is_waited_for_at_the_start(run, env, kafka, topic):
+def test_a_topic_that_appears_3_s_later_is_waited_for_at_the_start(run, env, kafka, topic):
     """A broker that has just started answers without its topics for two seconds."""
     late = f"{topic}_late"
     with Relay(kafka.port) as relay:
         settings = {**env, "KAFKA_BOOTSTRAP_SERVERS": relay.address, "KAFKA_TOPIC": late}
         scripts = both_scripts(run, settings)
         until(lambda: relay.connections >= 2, what="both have asked")
-        time.sleep(4)
+        time.sleep(3)
         kafka.create_topic(late)
         go_on(scripts)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("after", [0.0, 0.5, 1.0, 1.5])
+@pytest.mark.parametrize("after", [0.0, 0.5])
 def test_both_scripts_started_while_the_broker_starts_go_on(
     run, env, tmp_path_factory, topic, after
 ):

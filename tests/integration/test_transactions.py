@@ -60,7 +60,7 @@ def test_markers_do_not_count_as_messages(run, env, kafka, topic, objects):
     assert set(objects()) == {f"stock_market_{n}.json" for n in (0, 2, 4)}
     # Asked for one more, it waits for one: the last marker is none.
     more = run("kafka_consumer.py", "--max-messages", "1", env=env)
-    more.wait_for("lag 0", timeout=20)
+    more.wait_for(rf"assigned: {topic}/0", stream="stderr")
     produce(kafka.bootstrap, topic, [b'{"n": 3}'])
     assert more.wait() == 0
     assert "stock_market_6.json" in objects()
