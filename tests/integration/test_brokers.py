@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 from helpers import Kafka, KafkaCluster, committed, produce, until
 from kafka.admin import NewTopic
@@ -34,6 +33,7 @@ class Relayed:
 
     def __init__(self, cluster: KafkaCluster, relays: list[Relay]):
         self.relays = relays
+        self.near = 0  # the number of the broker that coordinates every group
         for broker, relay in zip(cluster.brokers, relays, strict=True):
             broker.properties["advertised.listeners"] = (
                 f"CLIENT://{relay.address},INTERNAL://{broker.internal}"
@@ -48,18 +48,13 @@ class Relayed:
         topic = NewTopic(name, -1, -1, replica_assignments=places)
         self.admin(lambda admin: admin.create_topics([topic], timeout_ms=20000))
 
-    def coordinator(self, group: str) -> int:
-        """The broker that coordinates the group; asking makes the topic of all groups."""
+    def coordinator(self) -> int:
+        """The broker that coordinates every group: the leader of the one partition of their
+        topic, which is made when a group is first asked for."""
+        self.create_topic("any", [0])
+        committed(self.internal, "any", "any")
         client = AdminClient({"bootstrap.servers": self.internal})
-
-        def found() -> list[int]:
-            try:
-                answer = client.describe_consumer_groups([group])[group].result(10)
-            except KafkaException:  # the topic of all groups is being made
-                return []
-            return [answer.coordinator.id]
-
-        return until(found)[0]
+        return client.list_topics(timeout=10).topics["__consumer_offsets"].partitions[0].leader
 
     def heal(self) -> None:
         for relay in self.relays:
@@ -73,6 +68,7 @@ def cluster(tmp_path_factory):
         relayed = Relayed(brokers, [first, second])
         try:
             brokers.start()
+            relayed.near = relayed.coordinator()
             yield relayed
         finally:
             brokers.stop()
@@ -83,7 +79,7 @@ def two(cluster, env):
     """Settings for a topic with a partition on each broker: partition 0 on the group's coordinator
     (`two["near"]` is its number), partition 1 on the other broker (`two["far"]`)."""
     name = f"two-{secrets.token_hex(4)}"
-    near = cluster.coordinator(f"group-{name}")
+    near = cluster.near
     cluster.create_topic(name, [near, 1 - near])
     cluster.create_topic(f"{name}_errors", [near])
     settings = {
@@ -306,13 +302,19 @@ def test_a_slow_broker_is_not_called_mute(run, cluster, two):
     ends_when_asked(script)
 
 
-def test_answers_that_are_spoilt_on_the_way_show_no_traceback(run, cluster, two):
+@pytest.mark.parametrize("byte", ["xor", "zero", "ff", "half"])
+def test_answers_that_are_spoilt_on_the_way_show_no_traceback(run, cluster, two, byte):
     """Whatever the client makes of them: it goes on, or ends with one line."""
     write_to_both(cluster, two["topic"])
     script = run("kafka_consumer.py", env=two["env"])
     script.wait_for(r"partition=1/stock_market_2\.json", timeout=20)
     for relay in cluster.relays:  # behind the length and the number of the request
-        relay.spoil = lambda data: data[:8] + bytes(byte ^ 0x55 for byte in data[8:])
+        relay.spoil = {
+            "xor": lambda data: data[:8] + bytes(byte ^ 0x55 for byte in data[8:]),
+            "zero": lambda data: data[:8] + bytes(len(data) - 8),
+            "ff": lambda data: data[:8] + b"\xff" * (len(data) - 8),
+            "half": lambda data: data[: len(data) // 2] + b"\x01" * (len(data) - len(data) // 2),
+        }[byte]
     time.sleep(1)
     cluster.heal()
     write_to_both(cluster, two["topic"])
