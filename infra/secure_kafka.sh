@@ -101,7 +101,7 @@ make_sasl_user() {
     if [[ -e $SECURE/.new-password ]] || ! "${configs[@]}" --describe | grep -q SCRAM-SHA-512; then
         # from a file: arguments can be seen by everybody on the machine
         "${configs[@]}" --alter \
-            --add-config-file <(echo "SCRAM-SHA-512=password=$(<"$SECURE/password")")
+            --add-config-file <(echo "SCRAM-SHA-512=password=$(<"$SECURE/password")") >/dev/null
         rm -f "$SECURE/.new-password"
     fi
 }
