@@ -1,4 +1,4 @@
-"""What comes out: records to objects, what is committed when, the holding pattern, the audit."""
+"""What comes out: records to objects, what is committed when, the holding pattern."""
 
 import asyncio
 import json
@@ -8,7 +8,6 @@ import queue
 import random
 import re
 from collections import defaultdict
-from hashlib import md5
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -28,17 +27,13 @@ from kafka.errors import (
 )
 from kafka.errors import GroupAuthorizationFailedError as NotAllowed
 
-import kafka_consumer
 from config import Failure, NoOffsetForPartitionError, Settings
 from kafka_consumer import (
     COMMIT_EVERY,
-    NAME,
     PATIENCE,
     WINDOW,
-    Audit,
     Bucket,
     Conflict,
-    Ledger,
     Partition,
     S3Error,
     Sink,
@@ -164,30 +159,6 @@ def test_objects_are_named_by_partition_and_offset_alone():
     assert object_name("raw/", 0, 12) == "raw/stock_market_12.json"
     assert object_name("raw/", 3, 12) == "raw/partition=3/stock_market_12.json"
     assert object_name("x", 0, 1) == "xstock_market_1.json"
-
-
-@given(st.sampled_from(["", "raw/", "a b"]), st.integers(0, 10**6), st.integers(0, 2**63 - 1))
-def test_a_name_says_which_record_it_is_of(prefix, partition, offset):
-    match = NAME.fullmatch(object_name(prefix, partition, offset), len(prefix))
-    assert (int(match[1] or 0), int(match[2])) == (partition, offset)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "stock_market_.json",
-        "stock_market_01.json",
-        "stock_market_-1.json",
-        "stock_market_1.json\n",
-        "stock_market_1.json.bak",
-        "partition=0/stock_market_1.json",
-        "partition=01/stock_market_1.json",
-        "x/stock_market_1.json",
-        "stock_market_\u0661.json",
-    ],
-)
-def test_no_other_name_is_taken_for_a_records(name):
-    assert not NAME.fullmatch(name)
 
 
 # ------------------------------------------------------------------------------------- the bucket
@@ -1234,268 +1205,3 @@ def test_the_lag_grows_while_holding_though_nothing_is_fetched(sinks, clock):
     assert sink.lag() == {0: 5_000}
     topic.errors["end_offsets"] = [KafkaTimeoutError("broker down")]
     assert sink.lag() == {0: 100}
-
-
-# ------------------------------------------------------------------------------------ the audit
-
-
-def test_a_ledger_knows_what_is_missing_in_ranges():
-    ledger = Ledger(10, 20, 25)
-    for offset in (10, 11, 12, 15, 16, 19):
-        ledger.write(offset, b"%d" % offset)
-    assert list(ledger.missing()) == [(10, 12), (15, 16), (19, 19)]
-    ledger.marks[1] = Ledger.OBJECT
-    ledger.marks[9] = Ledger.LETTER
-    assert list(ledger.missing()) == [(10, 10), (12, 12), (15, 16)]
-
-
-def test_a_ledger_tells_values_apart_null_and_empty_too():
-    ledger = Ledger(5, 8, 8)
-    for offset, value in ((5, b"a"), (6, b""), (7, None)):
-        ledger.write(offset, value)
-    digest = kafka_consumer.digest
-    for offset, value in ((5, b"a"), (6, b""), (7, None)):
-        for other in (b"a", b"", None, b"b"):
-            assert ledger.same(offset, digest(other)) == (value == other)
-    assert [ledger.mark(offset) for offset in (4, 5, 8)] == [
-        Ledger.NONE,
-        Ledger.RECORD,
-        Ledger.NONE,
-    ]
-
-
-def test_a_group_behind_retention_has_an_empty_ledger():
-    ledger = Ledger(100, 7, 120)
-    assert (len(ledger.marks), list(ledger.missing()), ledger.mark(7)) == (0, [], Ledger.NONE)
-
-
-class Audited:
-    """A topic, its dead letters and a bucket, with a record of every kind; `objects` can be
-    spoilt before `run`."""
-
-    def __init__(self, lines, **environ):
-        self.lines = lines
-        self.settings = some_settings(S3_PREFIX="raw/", **environ)
-        self.values = {0: [b'{"n": %d}' % n for n in range(20)], 2: [b'{"p": 2}'] * 3}
-        self.values[0][4], self.values[0][5] = None, b"bad"
-        self.letters = [self.letter(4), self.letter(5)]
-        self.committed = {0: 15, 1: None, 2: 3}
-        self.begins = {0: 0, 1: 0, 2: 0}
-        self.objects = {
-            object_name("raw/", partition, offset): value
-            for partition, values in self.values.items()
-            for offset, value in enumerate(values)
-            if value not in (None, b"bad") and offset < self.committed[partition]
-        }
-        self.etag = lambda value: f'"{md5(value).hexdigest()}"'
-        self.read = []
-
-    def letter(self, offset, **headers):
-        texts = {"source.topic": b"test", "source.partition": b"0", "source.offset": b"%d" % offset}
-        texts |= headers
-        return self.values[0][offset], list(texts.items())
-
-    def run(self, stop=False, meanwhile=lambda: None):
-        audit = Audit(self.settings, self, SimpleNamespace(requested=stop))
-        consumer = Sources(self)
-        audit.read_topic(consumer)
-        audit.read_letters(consumer)
-        asyncio.run(audit.read_bucket())
-        meanwhile()
-        audit.look_again(consumer)
-        audit.counts += {}  # only what is above zero
-        missing = [r for ledger in audit.ledgers.values() for r in ledger.missing()]
-        return audit.counts, missing
-
-    # As a bucket:
-    name = "bucket"
-
-    @property
-    def client(self):
-        return self
-
-    def get_paginator(self, name):
-        assert name == "list_objects_v2"
-        return self
-
-    async def paginate(self, Bucket, Prefix):
-        names = sorted(name for name in self.objects if name.startswith(Prefix))
-        for start in range(0, len(names), 5):
-            yield {
-                "Contents": [
-                    {"Key": name, "ETag": self.etag(self.objects[name])}
-                    for name in names[start : start + 5]
-                ]
-            }
-        yield {}
-
-    async def get(self, name):
-        self.read.append(name)
-        return self.objects[name]
-
-
-class Sources:
-    """A consumer of the audited topics."""
-
-    def __init__(self, audited):
-        self.audited = audited
-        self.at = {}
-
-    def values(self, tp):
-        if tp.topic == "error_topic":
-            return self.audited.letters
-        return [(value, []) for value in self.audited.values.get(tp.partition, [])]
-
-    def partitions_for_topic(self, topic):
-        return {0, 1, 2} if topic == "test" else {0}
-
-    def beginning_offsets(self, tps):
-        return {tp: self.audited.begins[tp.partition] if tp.topic == "test" else 0 for tp in tps}
-
-    def end_offsets(self, tps):
-        return {tp: len(self.values(tp)) for tp in tps}
-
-    def committed(self, tp):
-        return self.audited.committed[tp.partition]
-
-    def assign(self, tps):
-        self.at = dict.fromkeys(tps)
-
-    def seek(self, tp, offset):
-        self.at[tp] = offset
-
-    def position(self, tp):
-        return self.at[tp]
-
-    def poll(self, timeout_ms):
-        answer = {}
-        for tp, at in self.at.items():
-            found = list(enumerate(self.values(tp)))[at : at + 7]
-            self.at[tp] += len(found)
-            if found:
-                answer[tp] = [
-                    Record(tp.topic, tp.partition, offset, None, value, headers)
-                    for offset, (value, headers) in found
-                ]
-        return answer
-
-
-@pytest.fixture
-def audited(lines):
-    return Audited(lines)
-
-
-def test_the_audit_of_a_whole_bucket_finds_nothing_and_reads_no_object(audited):
-    counts, missing = audited.run()
-    assert (dict(counts), missing) == ({}, [])
-    assert audited.read == []
-
-
-def test_the_audit_finds_a_missing_object(audited):
-    for offset in (0, 7, 8, 14):
-        del audited.objects[f"raw/stock_market_{offset}.json"]
-    _, missing = audited.run()
-    assert missing == [(0, 0), (7, 8), (14, 14)]
-
-
-def test_the_audit_finds_a_missing_dead_letter(audited):
-    audited.letters.pop()
-    assert audited.run()[1] == [(5, 5)]
-
-
-@pytest.mark.parametrize(
-    "headers",
-    [
-        {"source.topic": b"another"},
-        {"source.partition": b"2"},
-        {"source.partition": b"7"},
-        {"source.offset": b"6"},
-        {"source.offset": b"1000000"},
-    ],
-)
-def test_a_dead_letter_of_another_record_does_not_count(audited, headers):
-    audited.letters[1] = audited.letter(5, **headers)
-    assert audited.run()[1] == [(5, 5)]
-
-
-def test_a_dead_letter_with_other_bytes_does_not_count(audited):
-    audited.letters[1] = (b"other", audited.letters[1][1])
-    assert audited.run()[1] == [(5, 5)]
-
-
-def test_a_dead_letter_sent_again_is_counted_and_no_problem(audited):
-    audited.letters.append(audited.letters[0])
-    counts, missing = audited.run()
-    assert (dict(counts), missing) == ({"dead letters sent again": 1}, [])
-
-
-def test_the_audit_finds_other_bytes(audited):
-    audited.objects["raw/stock_market_3.json"] = b'{"n": 4}'
-    counts, missing = audited.run()
-    assert (counts["different"], missing) == (1, [])
-    assert "DIFFERENT: raw/stock_market_3.json" in audited.lines("records")[0]
-
-
-def test_objects_whose_etag_is_no_md5_are_read(audited):
-    audited.etag = lambda value: '"9b2cf535f27731c974343645a3985328-2"'
-    audited.objects["raw/stock_market_3.json"] = b"{}"
-    counts, missing = audited.run()
-    assert (dict(counts), missing) == ({"different": 1}, [])
-    assert len(audited.read) == len(audited.objects)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "stock_market_20.json",  # the topic ends at 20
-        "stock_market_007.json",
-        "stock_market_x.json",
-        "partition=1/stock_market_0.json",  # an empty partition
-        "partition=9/stock_market_0.json",
-        "partition=0/stock_market_0.json",
-        "stock_market_5.json",  # a dead letter
-    ],
-)
-def test_the_audit_finds_a_stray_object(audited, name):
-    audited.objects[f"raw/{name}"] = b"{}"
-    counts, missing = audited.run()
-    assert (counts["stray"], missing) == (1, [])
-    assert f"STRAY: raw/{name}" in audited.lines("records")[0]
-
-
-def test_an_object_written_while_the_audit_runs_is_no_stray(audited):
-    audited.objects["raw/stock_market_20.json"] = b"{}"
-    counts, _ = audited.run(meanwhile=lambda: audited.values[0].append(b"{}"))
-    assert (counts["stray"], counts["objects beyond the committed position"]) == (0, 1)
-
-
-def test_objects_under_way_of_times_past_and_of_others_are_counted_and_no_problem(audited):
-    audited.begins[0] = 3  # retention
-    audited.objects["raw/stock_market_17.json"] = audited.values[0][17]
-    audited.objects["raw/notes.txt"] = b""
-    audited.objects["elsewhere/stock_market_0.json"] = b"{}"
-    counts, missing = audited.run()
-    assert missing == []
-    assert dict(counts) == {
-        "objects that outlive their records": 3,
-        "objects beyond the committed position": 1,
-        "other objects under the prefix": 1,
-    }
-
-
-def test_a_position_beyond_the_end_of_the_topic_is_a_problem(audited):
-    audited.committed[0] = 25
-    audited.objects |= {f"raw/stock_market_{n}.json": audited.values[0][n] for n in range(15, 20)}
-    counts, _ = audited.run()
-    assert counts["missing"] == 5
-
-
-def test_without_a_committed_position_there_is_nothing_to_audit(audited):
-    audited.committed = dict.fromkeys(audited.committed)
-    with pytest.raises(Failure, match="KAFKA_GROUP_ID=python-consumer-group"):
-        audited.run()
-
-
-def test_an_audit_that_is_stopped_proves_nothing(audited):
-    with pytest.raises(Failure, match="nothing is proven"):
-        audited.run(stop=True)

@@ -1,4 +1,4 @@
-"""`--audit` (promise 9): clean is clean, what is wrong is named, nothing is written."""
+"""`--audit` (promise 11): clean is clean, what is wrong is named, nothing is written."""
 
 import hashlib
 import time
