@@ -584,7 +584,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", nargs="?", type=Path, default=Path())
     folder = parser.parse_args(argv).folder
     try:
-        settings = Settings.from_env(environment({}), required="S3_BUCKET")
+        settings = Settings.from_env(environment({}))
     except SettingsError as error:
         print(*error.args, sep="\n", file=sys.stderr)
         return 2
