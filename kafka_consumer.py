@@ -571,7 +571,7 @@ class Monitor:
             if self.asking.exception() is None:
                 self.latest, self.unanswered_since = self.asking.result(), math.inf
             self.asking = None
-        positions = self.sink.look_wanted_at > self.asked_at
+        positions = self.sink.look_wanted_at >= self.asked_at  # in one tick of the clock
         if self.asking is None and (positions or now - self.asked_at >= LOOK_EVERY):
             self.asked_at, self.unanswered_since = now, min(self.unanswered_since, now)
             self.asking = self.ask(now, positions)
@@ -913,7 +913,7 @@ class Sink(ConsumerRebalanceListener):
     def positions(self) -> Look | None:
         """What the group has committed, when that was asked since it was wanted."""
         look = self.monitor.latest
-        fresh = look and look.positions and look.asked_at >= self.look_wanted_at
+        fresh = look and look.positions and look.asked_at > self.look_wanted_at
         return look if fresh else None
 
     def verify(self) -> bool:
