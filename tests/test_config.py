@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import config
 import kafka_consumer
 import kafka_producer
-from config import Durations, Settings, SettingsError, environment, records, setup_logging, status
+from config import Settings, SettingsError, environment, output, setup_logging, status
 
 HERE = Path(config.__file__).parent
 ROWS = HERE / "tests/data/indexProcessed.csv"
