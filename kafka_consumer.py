@@ -1231,8 +1231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from infra import audit
 
             return audit.run(settings, stop)
-        metadata = config.check_kafka(settings)
-        if settings.kafka_dlq_topic not in metadata.topics:
+        if settings.kafka_dlq_topic not in config.check_kafka(settings):
             text = "KAFKA_DLQ_TOPIC=%s does not exist: create it; what is no JSON object waits"
             log.warning(text, settings.kafka_dlq_topic)
         bucket = Bucket(settings)
