@@ -27,7 +27,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import md5
@@ -1021,10 +1021,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def bucket_is_set(values: Mapping[str, Any]) -> str:
+    if values.get("s3_bucket", True):
+        return ""
+    return "S3_BUCKET is not set: name the bucket, in .env or the environment"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     try:
-        settings = Settings.from_env(environment({}), required="S3_BUCKET")
+        settings = Settings.from_env(environment({}), bucket_is_set)
         setup_logging(settings)
         stop = Stop()
         check_kafka(settings)

@@ -22,7 +22,7 @@ except ImportError as error:
     sys.exit(f"{error.name} is not installed: pip install '.[report]'")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config import Settings, SettingsError, environment
-from kafka_consumer import NAME
+from kafka_consumer import NAME, bucket_is_set
 
 RECORDS = """SELECT * EXCLUDE record, unnest(record) FROM read_json($lines, sample_size = -1,
     format = 'newline_delimited', map_inference_threshold = -1) ORDER BY ALL"""
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", nargs="?", type=Path, default=Path())
     folder = parser.parse_args(argv).folder
     try:
-        settings = Settings.from_env(environment({}), required="S3_BUCKET")
+        settings = Settings.from_env(environment({}), bucket_is_set)
     except SettingsError as error:
         print(*error.args, sep="\n", file=sys.stderr)
         return 2
