@@ -449,7 +449,9 @@ class Uploader:
         try:
             return await self.bucket.create(name, record.value, look_first=silent)
         except Exception:
-            await self.bucket.renew()
+            renewal = self.loop.create_task(self.bucket.renew())
+            self.tasks.add(renewal)
+            renewal.add_done_callback(self.tasks.discard)
             raise
 
     async def send_letter(self, record: Any, reason: str) -> None:
@@ -588,7 +590,8 @@ class Monitor:
                 f"no answer from the broker for {now - self.unanswered_since:.0f} s:"
                 f" {sink.under_way()} records in hand wait, nothing is lost{config.last_words}"
             )
-            return {"the broker answers": config.Problem(text)}
+            problem = config.Problem(text, since=self.unanswered_since)
+            return {"the broker answers": problem}
         found = {}
         if self.latest and not self.latest.ends:
             text = f"topic {topic} does not exist any more, or this user may not see it"
