@@ -122,6 +122,10 @@ class Script:
         """SIGINT, as Ctrl-C does."""
         self.process.send_signal(signal.SIGINT)
 
+    def hang_up(self) -> None:
+        """SIGHUP, as a terminal that is closed does."""
+        self.process.send_signal(signal.SIGHUP)
+
     def kill(self) -> None:
         """SIGKILL; returns when the process is gone."""
         self.process.kill()
