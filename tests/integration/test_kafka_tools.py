@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, Kafka, free_port, produce
+from helpers import ROOT, Kafka, free_port, kafka_scripts, produce
 from local_stack import kafka_home
 
 SCRIPT = ROOT / "infra" / "kafka.sh"
@@ -90,6 +90,28 @@ def test_the_broker_of_env_is_used_and_the_environment_wins(
     assert topic in listed.stdout.split(), listed.stderr
     env["KAFKA_BOOTSTRAP_SERVERS"] = "127.0.0.1:1"
     assert "no broker at 127.0.0.1:1: " in tool("topics", "--list", script=script, **env).stderr
+
+
+@pytest.mark.slow
+def test_the_stand_ins_for_apaches_scripts_work_as_those_do(
+    kafka: Kafka, topic: str, tmp_path: Path
+) -> None:
+    kafka_scripts(tmp_path)
+    (tmp_path / "libs").symlink_to(kafka_home() / "libs")
+    listed = subprocess.check_output(
+        [tmp_path / "bin" / "kafka-topics.sh", "--bootstrap-server", kafka.bootstrap, "--list"],
+        text=True,
+    )
+    assert topic in listed.split()
+    brokers = subprocess.run(
+        [tmp_path / "bin" / "zookeeper-shell.sh", f"127.0.0.1:{kafka.zookeeper.port}"],
+        input="ls /brokers/ids\nquit\n",
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert "[0]" in brokers.stdout
 
 
 def test_no_broker_is_one_line_at_once(kafka: Kafka) -> None:
