@@ -6,9 +6,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from helpers import free_port, produce, records
-from local_stack import Kafka
-from proof import assert_whole
+from helpers import Kafka, assert_whole, free_port, produce, records
 from s3_faults import FaultyS3
 
 from config import Settings
