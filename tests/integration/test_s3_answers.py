@@ -8,8 +8,7 @@ import hashlib
 import re
 
 import pytest
-from helpers import committed, produce, records
-from proof import assert_whole, object_name
+from helpers import assert_whole, committed, object_name, produce, records
 from s3_faults import FaultyS3, page, raw_answer, redirect, s3_error, undecodable
 
 pytestmark = pytest.mark.real

@@ -6,8 +6,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from helpers import produce, until
-from proof import memory
+from helpers import memory, produce, until
 from s3_faults import FaultyS3
 
 pytestmark = pytest.mark.real

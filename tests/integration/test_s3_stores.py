@@ -4,8 +4,7 @@ import hashlib
 import re
 
 import pytest
-from helpers import committed, produce, records, until
-from proof import assert_whole, object_name
+from helpers import assert_whole, committed, object_name, produce, records, until
 from s3_faults import FaultyS3, page, raw_answer
 
 pytestmark = pytest.mark.real
