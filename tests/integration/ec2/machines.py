@@ -44,7 +44,7 @@ CLONE_NEWNET = 0x40000000
 KEPT = LOCAL / "machine"
 RELEASE = "bookworm"
 # what the images of the cloud have and the smallest Debian has not
-PACKAGES = "systemd-sysv dbus sudo curl ca-certificates iproute2 passwd procps".split()
+PACKAGES = ["systemd-sysv", "dbus", "sudo", "curl", "ca-certificates", "iproute2", "passwd", "procps"]
 USER = "ec2-user"
 UP = {"running", "degraded"}
 
