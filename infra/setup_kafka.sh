@@ -728,10 +728,9 @@ user_data() {
     rm -r "$folder"
     cat <<EOF
 #!/bin/bash
-# Made by setup_kafka.sh --user-data. The log can hold a password: only root reads it.
-set -euo pipefail
+set -euo pipefail # made by setup_kafka.sh --user-data
 umask 022
-install -m 600 /dev/null /var/log/kafka-setup.log
+install -m 600 /dev/null /var/log/kafka-setup.log # it can hold a password
 exec >/var/log/kafka-setup.log 2>&1
 mkdir -p $KEPT
 base64 -d <<'END' | tar -xz -C $KEPT
