@@ -340,8 +340,8 @@ unpack_kafka() {
     fetch "$1.sha512" "$tgz.sha512"
     sum="$(checksum "$tgz.sha512")" || die "no SHA-512 in $1.sha512"
     [[ "$(sha512sum <"$tgz")" == "$sum  -" ]] ||
-        die "wrong checksum: $1 is not the file that its .sha512 describes; nothing was installed," \
-            "download it again"
+        die "wrong checksum: $1 is not the file that its .sha512 describes;" \
+            "nothing was installed, download it again"
     tar -xzf "$tgz" -C "$WORK" --no-same-owner
     [[ -f $WORK/$NAME/libs/$NAME.jar && -x $WORK/$NAME/bin/kafka-server-start.sh ]] ||
         die "no $NAME in $1"
@@ -354,7 +354,7 @@ keep_setup() {
     local file
     for file in "${FILES[@]}"; do
         case $file in
-            *.sh) put "$KEPT/$file" 755 root:root ;;
+            setup_kafka.sh) put "$KEPT/$file" 755 root:root ;;
             *) put "$KEPT/$file" 644 root:root ;;
         esac <"$HERE/$file"
     done
