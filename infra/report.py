@@ -25,7 +25,7 @@ import tempfile
 import time
 from argparse import ArgumentParser
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,7 +38,7 @@ from aiobotocore.session import AioSession
 from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.exceptions import BotoCoreError, ClientError
-from kafka import KafkaConsumer, TopicPartition
+from kafka import TopicPartition
 from kafka.errors import KafkaError
 from yarl import URL
 
@@ -47,11 +47,18 @@ try:
 except ImportError as error:
     sys.exit(f"{error.name} is not installed: pip install '.[report]'")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from config import Failure, Settings, SettingsError, check_kafka, environment
+from config import (
+    Failure,
+    Settings,
+    SettingsError,
+    check_kafka,
+    environment,
+    explain,
+    make_consumer,
+)
+from infra.audit import NAME
 
 HERE = Path(__file__).resolve().parent
-
-NAME = re.compile(r"(?:partition=([1-9][0-9]*)/)?stock_market_(0|[1-9][0-9]*)\.json")
 
 GETS_AT_ONCE = 64
 S3_PATIENCE = 20.0  # s without a byte after which a read is tried again
@@ -241,7 +248,7 @@ async def fetch(settings: Settings, lines: IO[bytes]) -> list[Object]:
             finally:
                 progress.end()
     except (BotoCoreError, ClientError, aiohttp.ClientError, OSError, ValueError) as error:
-        raise Failure(" ".join(str(error).split())) from None
+        raise Failure(explain(error)) from None
     return found
 
 
@@ -254,16 +261,14 @@ def ask_broker(settings: Settings) -> dict[str, Any]:
     logging.getLogger("kafka").setLevel(logging.CRITICAL)  # what matters of it comes as an error
     try:
         check_kafka(settings)
-        consumer = KafkaConsumer(
-            **settings.kafka(), group_id=settings.kafka_group_id, enable_auto_commit=False
-        )
+        consumer = make_consumer(settings)
         try:
             reasons, places = read_letters(consumer, settings)
             return {"lag": group_lag(consumer, settings), "letters": reasons, "places": places}
         finally:
             consumer.close(autocommit=False)
     except (Failure, KafkaError, OSError, ValueError) as error:
-        return {"unasked": " ".join(str(error).split()) or type(error).__name__}
+        return {"unasked": str(error) if isinstance(error, Failure) else explain(error)}
 
 
 def group_lag(consumer: Any, settings: Settings) -> int | None:
@@ -561,13 +566,22 @@ def page(shown: dict[str, Any]) -> str:
     return (HERE / "report.html").read_text(encoding="utf-8").replace("{{FACTS}}", text)
 
 
+def needs_bucket(values: Mapping[str, Any]) -> str:
+    if values.get("s3_bucket", True):
+        return ""
+    return "S3_BUCKET is not set: name the bucket, in .env or the environment"
+
+
 def write_report(settings: Settings, folder: Path) -> int:
     """Read the bucket and write both files; returns the exit code. Raises Failure and OSError."""
     db = duckdb.connect()
     with tempfile.NamedTemporaryFile() as lines:
         found = asyncio.run(fetch(settings, lines))
         if not found:
-            raise Failure("no object of the consumer is there")
+            raise Failure(
+                "no object of a record (stock_market_0.json) is there: has the consumer run, and is"
+                " S3_PREFIX right?"
+            )
         lines.flush()
         load(db, lines.name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -584,7 +598,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", nargs="?", type=Path, default=Path())
     folder = parser.parse_args(argv).folder
     try:
-        settings = Settings.from_env(environment({}), required="S3_BUCKET")
+        settings = Settings.from_env(environment({}), needs_bucket)
     except SettingsError as error:
         print(*error.args, sep="\n", file=sys.stderr)
         return 2
