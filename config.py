@@ -714,7 +714,7 @@ class Metadata:
 
 
 def _ask_metadata(settings: Settings) -> Metadata:
-    consumer = KafkaConsumer(**settings.kafka())
+    consumer = KafkaConsumer(**settings.kafka(), enable_auto_commit=False)
     try:
         topics = set(consumer.topics())
         cluster = consumer._client.cluster

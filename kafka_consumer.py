@@ -610,7 +610,7 @@ class Monitor:
         self.sink, self.looker, self.clock, self.background = sink, looker, clock, background
         self.latest: Look | None = None
         self.asking: Future[Look] | None = None
-        self.asked_at = self.unanswered_since = -math.inf
+        self.asked_at, self.unanswered_since = -math.inf, math.inf
         self.notices = config.Notices(clock)
         self.ended = False
         self.shown_at, self.shown = clock(), 0
@@ -630,8 +630,7 @@ class Monitor:
         wanted = self.sink.wants_look_after
         if self.asking is None and (wanted > self.asked_at or now - self.asked_at >= LOOK_EVERY):
             positions = wanted > self.asked_at
-            if self.unanswered_since == -math.inf:
-                self.unanswered_since = now
+            self.unanswered_since = min(self.unanswered_since, now)
             self.asked_at = now
             self.asking = self.background(self.looker.look, now, positions)
         self.notices.report(self.problems(now))
@@ -644,7 +643,7 @@ class Monitor:
             return
         if self.asking.exception() is None:
             self.latest = self.asking.result()
-            self.unanswered_since = -math.inf
+            self.unanswered_since = math.inf
         self.asking = None
 
     def problems(self, now: float) -> dict[str, config.Problem]:
@@ -807,6 +806,7 @@ class Sink(ConsumerRebalanceListener):
     polled_at: float = -math.inf
     stepped_at: float = math.inf
     polling_since: float | None = None
+    joined_at: float = math.inf
 
     def __post_init__(self) -> None:
         self.notices = config.Notices(self.clock)
@@ -823,7 +823,8 @@ class Sink(ConsumerRebalanceListener):
         if self.range_unknown:
             self.find_range()
         if self.unsettled() or (room >= min(POLL_ROOM, max(left, 1)) and not self.range_unknown):
-            self.take(self.poll(10 if self.under_way() else 100, max(1, int(room))))
+            idle = not (self.under_way() or self.unsettled())
+            self.take(self.poll(100 if idle else 10, max(1, int(room))))
             self.notice_standing(now)
         else:
             self.wait_for_first(0.1)
@@ -1222,7 +1223,10 @@ class Sink(ConsumerRebalanceListener):
 
     def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
         self.consumer.pause(*assigned)
+        for tp in assigned:
+            self.consumer.seek(tp, 0)  # else the client looks for a position of its own
         self.standing.clear()
+        self.joined_at = self.clock()
         self.suspect()
         log.info("assigned: %s", ", ".join(f"{t}/{p}" for t, p in sorted(assigned)) or "nothing")
 
@@ -1236,7 +1240,7 @@ class Sink(ConsumerRebalanceListener):
                 f"waiting for group {group} to give out its partitions: that takes until every"
                 f" member has joined again, or is missed: {SESSION_MS / 1000:.0f} s after a kill -9"
             )
-        if since is None or self.consumer.assignment():
+        if now - self.joined_at < 2 or self.consumer.assignment():
             return ""
         return (
             f"no partition of {self.settings.kafka_topic} is assigned: group {group} has more"

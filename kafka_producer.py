@@ -40,8 +40,8 @@ from config import (
     check_kafka,
     environment,
     make_producer,
-    positive,
     output,
+    positive,
     setup_logging,
     status,
 )

@@ -71,8 +71,8 @@ from config import (
     environment,
     explain,
     is_marker,
-    printable,
     output,
+    printable,
     setup_logging,
     status,
 )
@@ -1192,7 +1192,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     try:
-        needed = "" if args.folder else "S3_BUCKET"
         settings = Settings.from_env(environment({}))
         setup_logging(settings)
         stop = Stop()

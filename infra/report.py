@@ -141,7 +141,25 @@ async def list_objects(client: Any, bucket: str, prefix: str) -> tuple[list[Obje
     return found, region
 
 
-def as_line(found: Object, value: bytes) -> bytes:
+class Columns:
+    """Names for the fields of all records: as they are written where that can be, for a column has
+    to have a name, and SQL knows no difference between "Close" and "close"."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, str] = {}
+        self.taken = set(OURS)
+
+    def name(self, field: str) -> str:
+        if field not in self.names:
+            name = field or "_"
+            while name.lower() in self.taken:
+                name += "_"
+            self.names[field] = name
+            self.taken.add(name.lower())
+        return self.names[field]
+
+
+def as_line(found: Object, value: bytes, columns: Columns) -> bytes:
     """A record as one line of JSON, with its place and time, for DuckDB. Raises Failure."""
     try:
         try:
@@ -149,10 +167,11 @@ def as_line(found: Object, value: bytes) -> bytes:
             json.dumps(record, allow_nan=False)
         except ValueError:  # JSON has numbers that Python has not: 1e999, or of 5,000 digits
             record = json.loads(value, parse_int=str, parse_float=str)
-    except ValueError as error:
-        raise Failure(f"{found.key} is not JSON: {error}") from None
+        fields = {columns.name(field): content for field, content in record.items()}
+    except (ValueError, AttributeError):
+        raise Failure(f"{found.key} is no JSON object: did the consumer write it?") from None
     row = {
-        "record": record,
+        "record": fields,
         "kafka_partition": found.partition,
         "kafka_offset": found.offset,
         "written_at": found.written_at,
@@ -203,12 +222,13 @@ async def read_objects(
 ) -> None:
     """Write every object as a line of JSON, in no order, with GETS_AT_ONCE requests under way."""
     waiting = iter(found)
+    columns = Columns()
     done = 0
 
     async def work() -> None:
         nonlocal done
         for each in waiting:
-            lines.write(as_line(each, await reader.get(each.key)))
+            lines.write(as_line(each, await reader.get(each.key), columns))
             done += 1
             progress.show(done)
 
@@ -327,15 +347,21 @@ def read_topic(consumer: Any, tps: list[TopicPartition]) -> Iterator[Any]:
 
 
 def load(db: duckdb.DuckDBPyConnection, lines: str) -> None:
-    """Make the table `records` of a file of lines: OURS, then the records' own fields."""
-    db.execute(
-        """CREATE TABLE lines AS FROM read_json($lines, format = 'newline_delimited',
-        sample_size = -1, map_inference_threshold = -1)""",
-        {"lines": lines},
-    )
+    """Make the table `records` of a file of lines: OURS, then the records' own fields, or, where
+    these fit into no columns, the whole `record` as JSON."""
+    types = dict(zip(OURS, ("BIGINT", "BIGINT", "TIMESTAMP"), strict=True))
+    guess = {"sample_size": -1, "map_inference_threshold": -1}
+    try:
+        table = db.read_json(lines, format="newline_delimited", **guess)
+    except duckdb.Error:  # an object within a record that has both "a" and "A"
+        table = db.read_json(lines, format="newline_delimited", columns={**types, "record": "JSON"})
+    table.create("lines")
     ((kind,),) = db.sql("SELECT typeof(record) FROM lines LIMIT 1").fetchall()
-    fields = ", unnest(record)" if kind.startswith("STRUCT") else ""
-    db.execute(f"CREATE TABLE records AS SELECT * EXCLUDE record {fields} FROM lines ORDER BY ALL")
+    field_columns = "unnest(record)" if kind.startswith("STRUCT") else "record"
+    db.execute(
+        f"""CREATE TABLE records AS SELECT {", ".join(OURS)}, {field_columns} FROM lines
+        ORDER BY kafka_partition, kafka_offset"""
+    )
     db.execute("DROP TABLE lines")
 
 

@@ -5,8 +5,7 @@ import time
 from contextlib import ExitStack
 
 import pytest
-from helpers import committed, produce, records
-from proof import commit, memory, object_name
+from helpers import commit, committed, memory, object_name, produce, records
 from s3_faults import FaultyS3
 
 pytestmark = pytest.mark.real
