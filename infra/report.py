@@ -350,11 +350,13 @@ def load(db: duckdb.DuckDBPyConnection, lines: str) -> None:
     """Make the table `records` of a file of lines: OURS, then the records' own fields, or, where
     these fit into no columns, the whole `record` as JSON."""
     types = dict(zip(OURS, ("BIGINT", "BIGINT", "TIMESTAMP"), strict=True))
-    guess = {"sample_size": -1, "map_inference_threshold": -1}
     try:
-        table = db.read_json(lines, format="newline_delimited", **guess)
+        table = db.read_json(
+            lines, format="newline_delimited", sample_size=-1, map_inference_threshold=-1
+        )
     except duckdb.Error:  # an object within a record that has both "a" and "A"
-        table = db.read_json(lines, format="newline_delimited", columns={**types, "record": "JSON"})
+        types["record"] = "JSON"
+        table = db.read_json(lines, format="newline_delimited", columns=types)
     table.create("lines")
     ((kind,),) = db.sql("SELECT typeof(record) FROM lines LIMIT 1").fetchall()
     field_columns = "unnest(record)" if kind.startswith("STRUCT") else "record"

@@ -227,9 +227,12 @@ for (const svg of all("svg")) {
   const box = svg.getBoundingClientRect(), at = {clientX: box.right - 20, clientY: box.top + 20};
   svg.dispatchEvent(new PointerEvent("pointermove", at));
 }
-document.body.append(Object.assign(document.createElement("pre"),
-  {id: "seen", textContent: JSON.stringify(seen)}));
+parent.postMessage(JSON.stringify(seen), "*");
 """
+# No browser's window is as narrow as a telephone, but a frame in it can be.
+FRAME = """<!DOCTYPE html><pre id="seen"></pre><script>
+onmessage = message => { document.getElementById("seen").textContent = message.data; };
+</script><iframe src="looked.html" style="border: 0" width="%d" height="900"></iframe>"""
 
 
 def look_at(page: Path, width: int, theme: str) -> dict:
@@ -237,8 +240,9 @@ def look_at(page: Path, width: int, theme: str) -> dict:
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if not browser:
         pytest.skip("needs a browser (apt install chromium)")
-    looked = page.with_name("looked.html")
+    looked, frame = page.with_name("looked.html"), page.with_name("frame.html")
     looked.write_text(page.read_text().replace("</body>", f"<script>{LOOK}</script></body>"))
+    frame.write_text(FRAME % width)
     flags = [
         "--headless=new",
         "--no-sandbox",
@@ -247,10 +251,10 @@ def look_at(page: Path, width: int, theme: str) -> dict:
         "--enable-logging=stderr",
         "--virtual-time-budget=3000",
         f"--blink-settings=preferredColorScheme={THEMES.index(theme) ^ 1}",
-        f"--window-size={width},900",
+        "--window-size=1800,1000",
         f"--user-data-dir={page.with_name('profile')}",
     ]
-    command = [browser, *flags, "--dump-dom", str(looked)]
+    command = [browser, *flags, "--dump-dom", str(frame)]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "CONSOLE" not in shown.stderr, shown.stderr
     found = re.search(r'<pre id="seen">(.*?)</pre>', shown.stdout, re.DOTALL)
