@@ -7,7 +7,6 @@ consumer would otherwise both have to say.
 from __future__ import annotations
 
 import argparse
-import collections
 import ipaddress
 import itertools
 import json
@@ -20,7 +19,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
@@ -681,61 +680,48 @@ def background(call: Callable[..., Any], *args: Any) -> Future[Any]:
     return outcome
 
 
-def reach(host: str, port: int, timeout: float) -> str:
-    """ "" when something listens there, else why not."""
-    try:
-        socket.create_connection((host, port), timeout).close()
-    except OSError as error:
-        return f"{host}:{port}: {error.strerror or error}"
-    return ""
+def _unreachable(addresses: Iterable[tuple[str, int]]) -> dict[tuple[str, int], str]:
+    """Those at which nothing listens, and why; in 3 s, since all are tried at once."""
+
+    def reach(address: tuple[str, int]) -> str:
+        try:
+            socket.create_connection(address, 3).close()
+        except OSError as error:
+            return f"{address[0]}:{address[1]}: {error.strerror or error}"
+        return ""
+
+    tried = {address: background(reach, address) for address in addresses}
+    return {address: found.result() for address, found in tried.items() if found.result()}
 
 
-def _find_broker(settings: Settings, where: str) -> None:
-    problems = []
-    servers = settings.kafka_bootstrap_servers
-    for server in servers:
-        host, _, port = server.rpartition(":")
-        problems.append(reach(host.strip("[]"), int(port), min(3, 6 / len(servers))))
-        if not problems[-1]:
-            return
-    raise Failure(
-        f"{where}: no broker can be reached ({'; '.join(problems)});"
-        " is it running, the address right, the port open (security group)?"
-    )
+def _ask_metadata(settings: Settings) -> tuple[set[str], dict[tuple[str, int], list[str]]]:
+    """The topics, and the brokers (host, port) with the partitions of KAFKA_TOPIC that they lead.
 
-
-@dataclass(frozen=True)
-class Metadata:
-    """What the brokers say of themselves: topics, and brokers with the partitions they lead."""
-
-    topics: set[str]
-    partitions: set[int]  # of KAFKA_TOPIC
-    brokers: dict[tuple[str, int], list[int]]  # (host, port): partitions of KAFKA_TOPIC
-
-
-def _ask_metadata(settings: Settings) -> Metadata:
+    Raises KafkaError, and LookupError without the topic or a broker that says who it is.
+    """
     consumer = KafkaConsumer(**settings.kafka(), enable_auto_commit=False)
     try:
         topics = set(consumer.topics())
         cluster = consumer._client.cluster
-        partitions = set(cluster.partitions_for_topic(settings.kafka_topic) or ())
-        led = collections.defaultdict(list)
-        for partition in sorted(partitions):
-            tp = TopicPartition(settings.kafka_topic, partition)
-            led[cluster.leader_for_partition(tp)].append(partition)
-        # kafka-python 3 keeps the bootstrap addresses apart, and calls the field node_id.
-        known = {broker: getattr(broker, "nodeId", broker[0]) for broker in cluster.brokers()}
-        brokers = {
-            (broker.host, broker.port): led[node]
-            for broker, node in known.items()
-            if not str(node).startswith("bootstrap")
-        }
-        return Metadata(topics, partitions, brokers)
+        brokers: dict[tuple[str, int], list[str]] = {}
+        for broker in cluster.brokers():
+            # kafka-python 3 keeps the bootstrap addresses apart, and calls the field node_id.
+            if not str(getattr(broker, "nodeId", "")).startswith("bootstrap"):
+                led = sorted(cluster.partitions_for_broker(broker[0]) or ())
+                names = [f"{t}/{p}" for t, p in led if t == settings.kafka_topic]
+                brokers[broker.host, broker.port] = names
+        if not brokers:
+            raise LookupError("it hung up each time")
+        if settings.kafka_topic not in topics:
+            raise LookupError
+        return topics, brokers
     finally:
         consumer.close()
 
 
-def _wait_for_topic(settings: Settings, where: str) -> Metadata:
+def _wait_for_topic(
+    settings: Settings, where: str
+) -> tuple[set[str], dict[tuple[str, int], list[str]]]:
     """The metadata, with the topic in it. A broker that has just started does not answer at
     first, and then for about 2 s without its topics: it is asked again before that is said."""
     silent = (
@@ -746,17 +732,18 @@ def _wait_for_topic(settings: Settings, where: str) -> Metadata:
     began = time.monotonic()
     while True:
         try:
-            metadata = background(_ask_metadata, settings).result(began + 9 - time.monotonic())
-            if metadata.partitions:
-                return metadata
-            problem = (
-                f"KAFKA_TOPIC={settings.kafka_topic}: the topic does not exist on {where}, or"
-                " this user may not see it; create it with kafka-topics.sh --create"
-            )
-            if not metadata.brokers:
-                problem = f"{silent}{last_words}"  # it hung up each time
+            return background(_ask_metadata, settings).result(began + 9 - time.monotonic())
         except TimeoutError:
             raise Failure(f"{silent}{last_words}") from None
+        except LookupError as error:
+            problem = (
+                f"{silent}{last_words}"
+                if error.args
+                else (
+                    f"KAFKA_TOPIC={settings.kafka_topic}: the topic does not exist at {where}, or"
+                    " this user may not see it; create it with kafka-topics.sh --create"
+                )
+            )
         except KafkaError as error:
             problem = f"{silent} {type(error).__name__}: {error}{last_words}"
         except (OSError, ValueError, AssertionError) as error:
@@ -766,30 +753,34 @@ def _wait_for_topic(settings: Settings, where: str) -> Metadata:
         time.sleep(0.25)
 
 
-def check_kafka(settings: Settings) -> Metadata:
+def check_kafka(settings: Settings) -> set[str]:
     """Check, step by step, that a broker answers, knows the topic and can be reached where it
     says it is (the client itself reports all of these as "failed to update metadata").
 
-    Raises Failure; takes 15 s at most. A broker that cannot be reached while others can is said.
+    Returns the names of all topics. Raises Failure; takes 15 s at most. A broker that cannot be
+    reached while others can is a warning.
     """
     where = f"KAFKA_BOOTSTRAP_SERVERS={','.join(settings.kafka_bootstrap_servers)}"
-    _find_broker(settings, where)
-    metadata = _wait_for_topic(settings, where)
-    timeout = min(1.5, 3 / max(1, len(metadata.brokers)))
-    problems = {address: reach(*address, timeout) for address in metadata.brokers}
-    unreachable = [problem for problem in problems.values() if problem]
-    if unreachable and len(unreachable) == len(problems):
+    split = [server.rpartition(":") for server in settings.kafka_bootstrap_servers]
+    servers = {(host.strip("[]"), int(port)) for host, _, port in split}
+    problems = _unreachable(servers)
+    if len(problems) == len(servers):
+        raise Failure(
+            f"{where}: no broker can be reached ({'; '.join(problems.values())});"
+            " is it running, the address right, the port open (security group)?"
+        )
+    topics, brokers = _wait_for_topic(settings, where)
+    problems = _unreachable(brokers)
+    if len(problems) == len(brokers):
         raise Failure(
             f"{where} answers, but says that clients shall connect to an address that cannot"
-            f" be reached ({'; '.join(unreachable)}); fix advertised.listeners on the broker"
+            f" be reached ({'; '.join(problems.values())}); fix advertised.listeners on the broker"
         )
     for address, problem in problems.items():
-        if problem:
-            text = "a broker cannot be reached (%s): %s it leads; the other brokers are served"
-            led = metadata.brokers[address]
-            names = ", ".join(f"{settings.kafka_topic}/{partition}" for partition in led)
-            log.warning(text, problem, f"{names} waits: that" if led else "nothing of the topic")
-    return metadata
+        led = ", ".join(brokers[address]) or "no partition of the topic"
+        log.warning("a broker cannot be reached (%s); it leads %s: that waits", problem, led)
+    last_words.text = ""  # what was said while it started is over
+    return topics
 
 
 # ---------------------------------------------------------------------------- starting, stopping
