@@ -794,7 +794,7 @@ def test_a_range_that_was_sealed_twice_is_named(audited):
 
 
 @given(st.integers(0, 2**32))
-@with_settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@with_settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 def test_any_history_is_sealed_and_verified_and_any_tampering_is_found(audited, seed):
     """Records come, are written, are sealed and removed by retention at random; then something
     is changed."""
