@@ -21,6 +21,7 @@ import threading
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from itertools import accumulate
@@ -551,12 +552,17 @@ def _mark_markers() -> None:
         key = TransactionMarker(record.key or b"")
         return DefaultRecord(record.offset, *times, key, record.value, record.headers)
 
+    def as_markers(batch: Iterator[Any]) -> Iterator[Any]:
+        with suppress(StopIteration):
+            while True:
+                yield as_marker(next(batch))
+
     class Batch(DefaultRecordBatch):
         __slots__ = ()
 
         def __iter__(self) -> Iterator[Any]:
-            records = super().__iter__()
-            return map(as_marker, records) if self.is_control_batch else records
+            batch = super().__iter__()
+            return as_markers(batch) if self.is_control_batch else batch
 
     memory_records.DefaultRecordBatch = Batch
 

@@ -250,7 +250,11 @@ class LastWords(logging.Handler):
         self.text = printable(record.getMessage())
 
     def said(self) -> str:
-        return f" (the client says: {self.text})" if self.text else ""
+        if not self.text:
+            return ""
+        zstd = "; a topic with compression.type=zstd can be read with kafka-python 3 only"
+        more = zstd if "Unknown error fetching" in self.text else ""
+        return f" (the client says: {self.text}{more})"
 
 
 class Topics:
