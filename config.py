@@ -7,49 +7,49 @@ consumer would otherwise both have to say.
 from __future__ import annotations
 
 import argparse
+import collections
 import ipaddress
+import itertools
 import json
 import logging
 import math
 import os
 import re
-import shutil
 import signal
 import socket
 import sys
 import threading
 import time
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from concurrent.futures import Future
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
-from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from dotenv.parser import parse_stream
-from kafka import KafkaConsumer, KafkaProducer, codec
-from kafka.errors import KafkaError
+from kafka import KafkaConsumer, KafkaProducer, TopicPartition, codec
+from kafka.errors import KafkaError, UnsupportedCodecError
+from kafka.record import memory_records
+from kafka.record.default_records import DefaultRecord, DefaultRecordBatch
 
-# What differs between kafka-python-ng and kafka-python 3 is here, in `_mark_markers` and in
-# `make_producer`.
-try:
-    from kafka import KafkaClient
-    from kafka.consumer.fetcher import NoOffsetForPartitionError
-except ImportError:
-    from kafka.errors import NoOffsetForPartitionError  # noqa: F401
-
-    KafkaClient = None
-
+_CODECS = {"snappy": "python-snappy", "lz4": "lz4", "zstd": "zstandard"}  # name: package
 HERE = Path(__file__).resolve().parent
 log = logging.getLogger(__name__)
-records = logging.getLogger("records")  # the line about each record, to stdout
+output = logging.getLogger("output")  # the line about each record, to stdout
 
 
 class SettingsError(Exception):
     """Wrong settings: `args` are the problems, one line each. Exit code 2."""
+
+
+class S3Error(Exception):
+    """An answer of S3 that is no success: `code` is S3's own where there is one."""
+
+    def __init__(self, code: str, message: str) -> None:
+        self.code = code
+        super().__init__(message)
 
 
 class Failure(Exception):
@@ -60,20 +60,26 @@ class Failure(Exception):
 # --------------------------------------------------------------------------------------- errors
 
 RENEW = "check or renew the AWS credentials"
+CREDENTIALS = {
+    "CredentialsTimeout",
+    "CredentialRetrievalError",
+    "ExpiredToken",
+    "InvalidAccessKeyId",
+    "InvalidToken",
+    "NoCredentialsError",
+    "SignatureDoesNotMatch",
+    "TokenRefreshRequired",
+}
 NOT_S3 = "that is no answer of S3: is S3_ENDPOINT_URL right, is a proxy in between?"
 HINTS = {
     "AccessDenied": "does the policy allow s3:PutObject, s3:GetObject and s3:ListBucket here?",
     "EndpointConnectionError": "see S3_ENDPOINT_URL; is the server up?",
-    "ExpiredToken": RENEW,
-    "InvalidAccessKeyId": RENEW,
-    "InvalidToken": RENEW,
     "MessageSizeTooLargeError": "raise max.message.bytes of KAFKA_DLQ_TOPIC",
-    "NoCredentialsError": RENEW,
     "NoSuchBucket": "create it, or correct S3_BUCKET",
     "RequestTimeTooSkewed": "set this machine's clock",
     "ResponseParserError": NOT_S3,
-    "SignatureDoesNotMatch": RENEW,
-    "TokenRefreshRequired": RENEW,
+    "InvalidObjectState": "it is in an archive (Glacier): restore it, or change S3_PREFIX",
+    **dict.fromkeys(CREDENTIALS, RENEW),
 }
 
 
@@ -241,8 +247,11 @@ class Settings:
     metrics_port: int | None = _setting("", _optional(_number(1, 65535)))
 
     @classmethod
-    def from_env(cls, environ: Mapping[str, str], *, required: str) -> Settings:
-        """Build from `environ`; `required` names the setting this script cannot do without.
+    def from_env(
+        cls, environ: Mapping[str, str], *checks: Callable[[Mapping[str, Any]], str]
+    ) -> Settings:
+        """Build from `environ`. What a script cannot do without it says in `checks`: each is given
+        the values that are right so far and returns a problem, or "".
 
         Raises SettingsError with every problem at once.
         """
@@ -259,10 +268,7 @@ class Settings:
             except ValueError as error:
                 problems.append(f"{name}={text!r}: {error}")
         get = values.get
-        if required == "S3_BUCKET" and not get("s3_bucket", True):
-            problems.append("S3_BUCKET is not set: name the bucket, in .env or the environment")
-        if required == "CSV_PATH" and not os.path.exists(get("csv_path", HERE)):
-            problems.append(f"CSV_PATH={str(get('csv_path'))!r}: there is no such file")
+        problems += filter(None, (check(values) for check in checks))
         if get("kafka_topic") == get("kafka_dlq_topic", ""):
             problems.append(f"KAFKA_DLQ_TOPIC={get('kafka_topic')!r}: must differ from KAFKA_TOPIC")
         if get("kafka_security_protocol", "").startswith("SASL"):
@@ -278,8 +284,9 @@ class Settings:
             )
         compression = get("kafka_compression_type")
         if compression and not getattr(codec, f"has_{compression}")():
-            package = {"snappy": "python-snappy", "zstd": "zstandard"}.get(compression, compression)
-            problems.append(f"KAFKA_COMPRESSION_TYPE={compression!r}: pip install {package}")
+            problems.append(
+                f"KAFKA_COMPRESSION_TYPE={compression!r}: pip install {_CODECS[compression]}"
+            )
         if get("metrics_port") and not find_spec("prometheus_client"):
             problems.append(
                 f"METRICS_PORT={values['metrics_port']!r}: pip install prometheus-client"
@@ -373,32 +380,28 @@ class _Json(logging.Formatter):
 
 
 class _Stream(logging.StreamHandler):
-    """A stream that may be a terminal, where the status is one line that stays at the bottom."""
+    """A stream that outlives its reader. On a terminal the status is rewritten in place."""
 
-    status = ""  # shared: stdout and stderr are the same terminal
-
-    def __init__(self, stream: Any, formatter: logging.Formatter):
+    def __init__(self, stream: Any, formatter: logging.Formatter) -> None:
+        stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8
         super().__init__(stream)
         self.setFormatter(formatter)
-        stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8
-        self.tty = (
-            isinstance(formatter, _Text) and stream.isatty() and os.environ.get("TERM") != "dumb"
-        )
+        dumb = os.environ.get("TERM") == "dumb"
+        self.in_place = isinstance(formatter, _Text) and stream.isatty() and not dumb
+
+    def emit(self, record: logging.LogRecord) -> None:
+        is_status = self.in_place and getattr(record, "status", False)
+        self.terminator = "" if is_status else "\n"
+        super().emit(record)
 
     def format(self, record: logging.LogRecord) -> str:
         line = super().format(record)
-        if not self.tty:
+        if not self.in_place:
             return line
         if getattr(record, "status", False):
-            _Stream.status = line[: shutil.get_terminal_size().columns - 1]
-            return "\r\x1b[K" + _Stream.status
-        if record.levelno >= logging.WARNING and not os.environ.get("NO_COLOR"):
-            line = f"\x1b[{33 if record.levelno == logging.WARNING else 31}m{line}\x1b[0m"
-        return f"\r\x1b[K{line}\n{_Stream.status}"
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.terminator = "" if self.tty else "\n"
-        super().emit(record)
+            # The time would push the end of the line off a narrow terminal.
+            line = record.message[: os.get_terminal_size(self.stream.fileno()).columns - 1]
+        return "\r\x1b[K" + line
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
@@ -409,50 +412,42 @@ class _Stream(logging.StreamHandler):
         elif not isinstance(error, OSError):  # a full disk is no reason to stop moving records
             super().handleError(record)
 
-    def close(self) -> None:
-        if self.tty and _Stream.status:
-            _Stream.status = ""
-            self.stream.write("\n")
-        super().close()
+
+class _LastWords(logging.Handler):
+    """Keeps what the Kafka client said last: often the only place where it says why it fails."""
+
+    text = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.text = " ".join(record.getMessage().split())
+
+    def __str__(self) -> str:
+        return f" (the client says: {self.text})" if self.text else ""
 
 
-def _seldom() -> Callable[[logging.LogRecord], bool]:
-    """A filter that lets one line of the Kafka client through in 30 s, without its traceback: it
-    says the same in many words at every attempt."""
-    said = -math.inf
-
-    def let(record: logging.LogRecord) -> bool:
-        nonlocal said
-        if not record.name.startswith("kafka."):
-            return True
-        record.exc_info = record.exc_text = None
-        if record.created - said < 30:
-            return False
-        said = record.created
-        return True
-
-    return let
+last_words = _LastWords()
 
 
 def setup_logging(settings: Settings) -> None:
     """Records to stdout, the rest to stderr, as text or as JSON."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (None: started with >&-)
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    made: Callable[[str], logging.Formatter] = (
-        (lambda style: _Json()) if settings.log_format == "json" else _Text
-    )
-    errors = _Stream(sys.stderr, made("%(asctime)s %(levelname)s %(message)s"))
-    if isinstance(errors.formatter, _Text):
-        errors.formatter.datefmt = "%Y-%m-%d %H:%M:%S"
+    as_json = settings.log_format == "json"
+    stamped = _Text("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
+    errors = _Stream(sys.stderr, _Json() if as_json else stamped)
     logging.basicConfig(level=settings.log_level, handlers=[errors])
-    records.addHandler(_Stream(sys.stdout, made("%(message)s")))
-    records.propagate = False
-    records.setLevel(logging.INFO)
+    output.addHandler(_Stream(sys.stdout, _Json() if as_json else _Text("%(message)s")))
+    output.propagate = False
+    output.setLevel(logging.INFO)
     # The libraries say secrets at DEBUG (signatures, tokens), and much at INFO.
-    for name in ("kafka", "botocore", "aiobotocore", "s3fs", "fsspec"):
+    for name in ("botocore", "aiobotocore", "s3fs", "fsspec"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # complains of what an exit cuts off
-    errors.addFilter(_seldom())
+    # The client says the same in many words at every attempt: its last words go with ours.
+    client = logging.getLogger("kafka")
+    client.setLevel(logging.WARNING)
+    client.propagate = False
+    client.addHandler(last_words)
     # kafka-python-ng's SCRAM speaks through the root logger, with a traceback at each refusal.
     errors.addFilter(lambda record: record.name != "root")
 
@@ -462,68 +457,88 @@ def status(logger: logging.Logger, text: str, *args: object) -> None:
     logger.info(text, *args, extra={"status": True})
 
 
-# -------------------------------------------------------------------------------------- metrics
+class Problem(NamedTuple):
+    """Something that stands still: why, the fields of its log line, an error worth a traceback."""
 
-_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-
-
-class Durations:
-    """Durations in seconds, counted by bucket; the last bucket has no upper bound."""
-
-    def __init__(self) -> None:
-        self.counts = [0] * (len(_BUCKETS) + 1)
-        self.total = 0.0
-
-    def add(self, seconds: float) -> None:
-        self.counts[bisect_left(_BUCKETS, seconds)] += 1
-        self.total += seconds
+    text: str
+    extra: Mapping[str, Any] = {}
+    error: BaseException | None = None
 
 
-def serve_metrics(settings: Settings, metrics: tuple[tuple[str, ...], ...], stats: object) -> None:
-    """Serve attributes of `stats` to Prometheus on METRICS_PORT, from a thread; nothing when off.
+class Notices:
+    """Says what stands still: when it begins, every 30 s, and when it is over. Where it comes and
+    goes, only what lasts for a second is said."""
 
-    A row of `metrics` is (name, help, attribute[, label]). The attribute is a number, `Durations`,
-    or with a label a dict of its values to numbers. They are read when Prometheus asks, so the
-    scripts only count. Raises Failure for a port in use.
-    """
-    if settings.metrics_port is None:
-        return
-    from prometheus_client import core, start_http_server
-    from prometheus_client.registry import Collector, CollectorRegistry
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self.began: dict[str, float] = {}
+        self.said: dict[str, float] = {}
+        self.ended: dict[str, float] = {}
 
-    class Reader(Collector):
-        def collect(self) -> Iterator[core.Metric]:
-            for name, text, attribute, *label in metrics:
-                labels, value = ["topic", *label], getattr(stats, attribute)
-                if isinstance(value, Durations):
-                    histogram = core.HistogramMetricFamily(name, text, labels=labels)
-                    bounds = [*map(str, _BUCKETS), "+Inf"]
-                    counts = accumulate(list(value.counts))
-                    histogram.add_metric(
-                        [settings.kafka_topic], list(zip(bounds, counts, strict=True)), value.total
-                    )
-                    yield histogram
-                    continue
-                kind = core.CounterMetricFamily if name.endswith("_total") else None
-                family = (kind or core.GaugeMetricFamily)(name, text, labels=labels)
-                # list(): in one step, for the script goes on counting
-                for key, number in list(value.items()) if label else [(None, value)]:
-                    family.add_metric(
-                        [settings.kafka_topic, *([str(key)] if label else [])], number
-                    )
-                yield family
-
-    registry = CollectorRegistry()
-    registry.register(Reader())
-    try:
-        start_http_server(settings.metrics_port, registry=registry)
-    except OSError as error:
-        raise Failure(
-            f"METRICS_PORT={settings.metrics_port}: {error.strerror}; choose a free port"
-        ) from None
+    def report(self, problems: Mapping[str, Problem]) -> None:
+        """`problems`: all that stand still now. A key says what would be so if it did not, and is
+        said with "again" when it is over: "the broker answers"."""
+        now = self.clock()
+        for what, problem in problems.items():
+            began = self.began.setdefault(what, now)
+            often = began - self.ended.get(what, -math.inf) < 5
+            due = self.said[what] + 30 if what in self.said else began + (1 if often else 0)
+            if now >= due:
+                self.said[what] = now
+                lasting = f"; for {now - began:.0f} s now" if now - began >= 2 else ""
+                log.warning(
+                    "%s%s", problem.text, lasting, extra=problem.extra, exc_info=problem.error
+                )
+        for what in self.began.keys() - problems.keys():
+            self.ended[what], began = now, self.began.pop(what)
+            if self.said.pop(what, None):
+                log.warning("%s again after %.1f s", what, now - began)
 
 
 # ---------------------------------------------------------------------------------------- Kafka
+
+_FOREVER = 2**31 - 1  # ms, the most that the protocol's fields take
+
+
+def make_producer(settings: Settings, **options: Any) -> KafkaProducer:
+    """A producer that keeps the order and gives up no record: all replicas acknowledge, one
+    request is in flight, and a broker that is down is waited for.
+
+    A request is lost after KAFKA_REQUEST_TIMEOUT_MS and sent again; but a record that waits for
+    its turn must not expire with it, as it does where one number says both.
+    """
+    return KafkaProducer(
+        **settings.kafka(),
+        **_producer_timeouts(settings.kafka_request_timeout_ms),
+        acks="all",
+        retries=_FOREVER,
+        max_in_flight_requests_per_connection=1,
+        max_block_ms=500,
+        max_request_size=2**30,  # the broker says what is too large
+        compression_type=settings.kafka_compression_type or None,
+        **options,
+    )
+
+
+def make_consumer(settings: Settings, **options: Any) -> KafkaConsumer:
+    """A consumer that commits nothing and chooses no position by itself: both can skip records.
+
+    Its polls may raise Unreadable.
+    """
+    consumer = KafkaConsumer(
+        **settings.kafka(),
+        **_ONLY_COMMITTED,
+        group_id=settings.kafka_group_id,
+        enable_auto_commit=False,
+        **{"auto_offset_reset": "none", **options},
+    )
+    if KafkaClient:
+        _harden(consumer._fetcher)
+    return consumer
+
+
+class Unreadable(Failure):
+    """A record that the client cannot decode."""
 
 
 class TransactionMarker(bytes):
@@ -540,65 +555,244 @@ def is_marker(record: Any) -> bool:
     return isinstance(record.key, TransactionMarker)
 
 
-def _mark_markers() -> None:
-    """Make kafka-python-ng tell markers from records: it delivers both alike. (kafka-python 3
-    delivers no markers.) They cannot be left out here: the client's position moves past what it
-    delivers only, and would stay before a marker for ever."""
-    from kafka.record import memory_records
-    from kafka.record.default_records import DefaultRecord, DefaultRecordBatch
+# What differs between kafka-python-ng and its successor, kafka-python 3, stands from here to the
+# next line of dashes. The successor leaves out markers and aborted records, rotates partitions.
+try:
+    from kafka import KafkaClient
+    from kafka.consumer.fetcher import NoOffsetForPartitionError
 
-    def as_marker(record: Any) -> Any:
-        times = record.timestamp, record.timestamp_type
-        key = TransactionMarker(record.key or b"")
-        return DefaultRecord(record.offset, *times, key, record.value, record.headers)
+    _ONLY_COMMITTED: dict[str, str] = {}
+except ImportError:
+    from kafka.errors import NoOffsetForPartitionError  # noqa: F401
 
-    def as_markers(batch: Iterator[Any]) -> Iterator[Any]:
-        with suppress(StopIteration):
-            while True:
-                yield as_marker(next(batch))
-
-    class Batch(DefaultRecordBatch):
-        __slots__ = ()
-
-        def __iter__(self) -> Iterator[Any]:
-            batch = super().__iter__()
-            return as_markers(batch) if self.is_control_batch else batch
-
-    memory_records.DefaultRecordBatch = Batch
+    KafkaClient = None
+    _ONLY_COMMITTED = {"isolation_level": "read_committed"}
 
 
-if KafkaClient:
-    _mark_markers()
-
-_FOREVER = 2**31 - 1  # ms, the most that the protocol's fields take
-
-
-def make_producer(settings: Settings, **options: Any) -> KafkaProducer:
-    """A producer that keeps the order and gives up no record: all replicas acknowledge, one
-    request is in flight, and a broker that is down is waited for.
-
-    A request is lost after KAFKA_REQUEST_TIMEOUT_MS and sent again; but a record that waits for
-    its turn must not expire with it, as it does where one number says both.
-    """
-    timeout = settings.kafka_request_timeout_ms
-    if "delivery_timeout_ms" in KafkaProducer.DEFAULT_CONFIG:
-        options |= {"request_timeout_ms": timeout, "delivery_timeout_ms": _FOREVER}
-        options["enable_idempotence"] = False  # with it, one refused record ends the client
-    else:
-        options |= {
-            "request_timeout_ms": _FOREVER,
-            "kafka_client": lambda **o: KafkaClient(**{**o, "request_timeout_ms": timeout}),
+def _producer_timeouts(request_timeout_ms: int) -> dict[str, Any]:
+    if not KafkaClient:
+        return {
+            "request_timeout_ms": request_timeout_ms,
+            "delivery_timeout_ms": _FOREVER,
+            "enable_idempotence": False,  # with it, one refused record ends the client
         }
-    return KafkaProducer(
-        **settings.kafka(),
-        acks="all",
-        retries=_FOREVER,
-        max_in_flight_requests_per_connection=1,
-        max_block_ms=500,
-        max_request_size=2**30,  # the broker says what is too large
-        compression_type=settings.kafka_compression_type or None,
-        **options,
+
+    def client(**options: Any) -> Any:
+        return KafkaClient(**{**options, "request_timeout_ms": request_timeout_ms})
+
+    return {"request_timeout_ms": _FOREVER, "kafka_client": client}
+
+
+class _AnyHeader(bytearray):
+    """A batch's bytes in which a header's name may be no UTF-8."""
+
+    def __getitem__(self, at: Any) -> Any:
+        part = super().__getitem__(at)
+        return _AnyHeader(part) if isinstance(at, slice) else part
+
+    def decode(self, *_: Any) -> str:
+        return bytes(self).decode(errors="backslashreplace")
+
+
+class _Batch(DefaultRecordBatch):
+    """A batch in which markers can be told from records, and any header can be read.
+
+    Markers cannot be left out here: the client's position only moves past what it delivers.
+    """
+
+    __slots__ = ()
+
+    def __iter__(self) -> Iterator[Any]:
+        delivered = super().__iter__()
+        if not self.is_control_batch:
+            return delivered
+        # `delivered` is this batch: map() alone would ask it for its iterator, without an end.
+        return map(_as_marker, iter(delivered.__next__, None))
+
+    def _read_msg(self, *args: Any) -> Any:
+        try:
+            return super()._read_msg(*args)
+        except UnicodeDecodeError:
+            self._buffer = _AnyHeader(self._buffer)  # type: ignore[misc, has-type]
+            return super()._read_msg(*args)
+
+
+def _as_marker(record: Any) -> Any:
+    times = record.timestamp, record.timestamp_type
+    key = TransactionMarker(record.key or b"")
+    return DefaultRecord(record.offset, *times, key, record.value, record.headers)
+
+
+memory_records.DefaultRecordBatch = _Batch
+
+
+def _harden(fetcher: Any) -> None:
+    """Make kafka-python-ng's fetcher name the record that it cannot read, after those in front
+    of it, and begin each request with another partition: a broker sends a record larger than
+    max_partition_fetch_bytes for the first partition of a request only."""
+    unpack, fetchable = fetcher._unpack_message_set, fetcher._fetchable_partitions
+    turns = itertools.count()
+
+    def readable(tp: TopicPartition, batches: Any) -> Iterator[Any]:
+        state = fetcher._subscriptions.assignment[tp]
+        last = None
+        try:
+            for record in unpack(tp, batches):
+                if record.offset >= state.position:
+                    last = record.offset
+                yield record
+        except Exception as error:
+            if last is None:
+                raise Unreadable(_unreadable(tp, state.position, error)) from error
+            state.last_offset_from_message_batch = last  # what cannot be read comes first next time
+
+    def rotated() -> list[TopicPartition]:
+        partitions = sorted(fetchable())
+        first = next(turns) % max(1, len(partitions))
+        return partitions[first:] + partitions[:first]
+
+    fetcher._unpack_message_set, fetcher._fetchable_partitions = readable, rotated
+
+
+# ------------------------------------------------------------------------- checks at the start
+
+
+def _unreadable(tp: TopicPartition, offset: int, error: Exception) -> str:
+    where = f"the record at {tp.topic}/{tp.partition}/{offset} cannot be read"
+    if isinstance(error, UnsupportedCodecError):
+        missing = [name for name in _CODECS if not getattr(codec, f"has_{name}")()]
+        packages = " ".join(_CODECS[name] for name in missing)
+        return f"{where}: it is compressed, and a package is missing: pip install {packages}"
+    return (
+        f"{where}: {type(error).__name__}: {error}; nothing from it on is committed. To go on"
+        f" without it: stop the group and kafka-consumer-groups.sh --reset-offsets --topic"
+        f" {tp.topic}:{tp.partition} --to-offset {offset + 1} --execute"
     )
+
+
+def background(call: Callable[..., Any], *args: Any) -> Future[Any]:
+    """Run `call(*args)` in a thread of its own that ends with the process; its outcome."""
+    outcome: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(call(*args))
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return outcome
+
+
+def reach(host: str, port: int, timeout: float) -> str:
+    """ "" when something listens there, else why not."""
+    try:
+        socket.create_connection((host, port), timeout).close()
+    except OSError as error:
+        return f"{host}:{port}: {error.strerror or error}"
+    return ""
+
+
+def _find_broker(settings: Settings, where: str) -> None:
+    problems = []
+    servers = settings.kafka_bootstrap_servers
+    for server in servers:
+        host, _, port = server.rpartition(":")
+        problems.append(reach(host.strip("[]"), int(port), min(3, 6 / len(servers))))
+        if not problems[-1]:
+            return
+    raise Failure(
+        f"{where}: no broker can be reached ({'; '.join(problems)});"
+        " is it running, the address right, the port open (security group)?"
+    )
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What the brokers say of themselves: topics, and brokers with the partitions they lead."""
+
+    topics: set[str]
+    partitions: set[int]  # of KAFKA_TOPIC
+    brokers: dict[tuple[str, int], list[int]]  # (host, port): partitions of KAFKA_TOPIC
+
+
+def _ask_metadata(settings: Settings) -> Metadata:
+    consumer = KafkaConsumer(**settings.kafka(), enable_auto_commit=False)
+    try:
+        topics = set(consumer.topics())
+        cluster = consumer._client.cluster
+        partitions = set(cluster.partitions_for_topic(settings.kafka_topic) or ())
+        led = collections.defaultdict(list)
+        for partition in sorted(partitions):
+            tp = TopicPartition(settings.kafka_topic, partition)
+            led[cluster.leader_for_partition(tp)].append(partition)
+        # kafka-python 3 keeps the bootstrap addresses apart, and calls the field node_id.
+        known = {broker: getattr(broker, "nodeId", broker[0]) for broker in cluster.brokers()}
+        brokers = {
+            (broker.host, broker.port): led[node]
+            for broker, node in known.items()
+            if not str(node).startswith("bootstrap")
+        }
+        return Metadata(topics, partitions, brokers)
+    finally:
+        consumer.close()
+
+
+def _wait_for_topic(settings: Settings, where: str) -> Metadata:
+    """The metadata, with the topic in it. A broker that has just started does not answer at
+    first, and then for about 2 s without its topics: it is asked again before that is said."""
+    silent = (
+        f"{where}: the broker accepted the connection and did not answer; is it Kafka, is"
+        f" KAFKA_SECURITY_PROTOCOL={settings.kafka_security_protocol} right, and are the user and"
+        " password?"
+    )
+    began = time.monotonic()
+    while True:
+        try:
+            metadata = background(_ask_metadata, settings).result(began + 9 - time.monotonic())
+            if metadata.partitions:
+                return metadata
+            problem = (
+                f"KAFKA_TOPIC={settings.kafka_topic}: the topic does not exist on {where}, or"
+                " this user may not see it; create it with kafka-topics.sh --create"
+            )
+            if not metadata.brokers:
+                problem = f"{silent}{last_words}"  # it hung up each time
+        except TimeoutError:
+            raise Failure(f"{silent}{last_words}") from None
+        except KafkaError as error:
+            problem = f"{silent} {type(error).__name__}: {error}{last_words}"
+        except (OSError, ValueError, AssertionError) as error:
+            raise Failure(f"{where}: {type(error).__name__}: {error}{last_words}") from None
+        if time.monotonic() - began > 5:
+            raise Failure(problem)
+        time.sleep(0.25)
+
+
+def check_kafka(settings: Settings) -> Metadata:
+    """Check, step by step, that a broker answers, knows the topic and can be reached where it
+    says it is (the client itself reports all of these as "failed to update metadata").
+
+    Raises Failure; takes 15 s at most. A broker that cannot be reached while others can is said.
+    """
+    where = f"KAFKA_BOOTSTRAP_SERVERS={','.join(settings.kafka_bootstrap_servers)}"
+    _find_broker(settings, where)
+    metadata = _wait_for_topic(settings, where)
+    timeout = min(1.5, 3 / max(1, len(metadata.brokers)))
+    problems = {address: reach(*address, timeout) for address in metadata.brokers}
+    unreachable = [problem for problem in problems.values() if problem]
+    if unreachable and len(unreachable) == len(problems):
+        raise Failure(
+            f"{where} answers, but says that clients shall connect to an address that cannot"
+            f" be reached ({'; '.join(unreachable)}); fix advertised.listeners on the broker"
+        )
+    for address, problem in problems.items():
+        if problem:
+            text = "a broker cannot be reached (%s): %s it leads; the other brokers are served"
+            led = metadata.brokers[address]
+            names = ", ".join(f"{settings.kafka_topic}/{partition}" for partition in led)
+            log.warning(text, problem, f"{names} waits: that" if led else "nothing of the topic")
+    return metadata
 
 
 # ---------------------------------------------------------------------------- starting, stopping
@@ -609,126 +803,42 @@ class Stop:
 
     requested = False
     code = 0  # of a process that has to be ended
+    dead_thread = ""
 
-    def __init__(self, farewell: Callable[[], str] = lambda: "") -> None:
+    def __init__(self) -> None:
         """Listen from now on. When the process is still there 4 s after the request (a broker
-        that does not answer holds every call to it), it says `farewell()` and ends with 0."""
-        self.farewell = farewell
+        that does not answer holds every call to it), it is ended with `code`."""
+        self.under_way: Callable[[], str] = lambda: ""  # "12 uploads under way"
+        threading.excepthook = self._thread_died
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self._handle)
         threading.Thread(target=self._watch, daemon=True).start()
 
+    def check(self) -> None:
+        """Raises Failure when a thread has died: without its heartbeat, say, a client would
+        stand still for ever."""
+        if self.dead_thread:
+            raise Failure(f"{self.dead_thread}; nothing is lost, start it again")
+
     def _handle(self, signum: int, frame: object) -> None:
         self.requested = True
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+
+    def _thread_died(self, args: threading.ExceptHookArgs) -> None:
+        name = args.thread.name if args.thread else "?"
+        error = f"{args.exc_type.__name__}: {args.exc_value}"
+        self.dead_thread = f"the thread {name} ended unexpectedly: {error}"
 
     def _watch(self) -> None:
         while not self.requested:
-            time.sleep(0.25)
+            time.sleep(0.1)
+        if pending := self.under_way():
+            log.warning("stopping: %s; again to stop now", pending)
         time.sleep(4)
-        _leave(self.code, "stopped without an answer from the other side", self.farewell)
-
-
-def _leave(code: int, message: str, more: Callable[[], str] = lambda: "") -> None:
-    timer = threading.Timer(0.3, os._exit, [code])  # should even stderr be blocked
-    timer.daemon = True
-    timer.start()
-    log.log(logging.ERROR if code else logging.WARNING, "%s%s", message, more())
-    os._exit(code)
-
-
-class within:
-    """End the process with 1 and `message` when the block takes longer than `seconds`."""
-
-    def __init__(self, seconds: float, message: str, more: Callable[[], str] = lambda: "") -> None:
-        self.timer = threading.Timer(seconds, _leave, [1, message, more])
-        self.timer.daemon = True
-
-    def __enter__(self) -> None:
-        self.timer.start()
-
-    def __exit__(self, *error: object) -> None:
-        self.timer.cancel()
-
-
-def _reach(host: str, port: int, timeout: float) -> str:
-    """ "" when something listens there, else why not."""
-    try:
-        socket.create_connection((host, port), timeout).close()
-    except OSError as error:
-        return f"{host}:{port}: {error.strerror or error}"
-    return ""
-
-
-def check_kafka(settings: Settings) -> None:
-    """Check, step by step, that the broker answers, knows the topic and can be reached where it
-    says it is (the client itself reports all of these as "failed to update metadata").
-
-    Raises Failure; takes 9 s at most.
-    """
-    servers = settings.kafka_bootstrap_servers
-    where = f"KAFKA_BOOTSTRAP_SERVERS={','.join(servers)}"
-    silent = (
-        f"{where}: the broker took the connection and did not answer; is it Kafka, and"
-        f" KAFKA_SECURITY_PROTOCOL={settings.kafka_security_protocol}, and are the user and"
-        " password right?"
-    )
-    last = _LastError()
-    with within(9, silent, last.said), last:
-        problems = []
-        for server in servers:
-            host, _, port = server.rpartition(":")
-            problems.append(_reach(host.strip("[]"), int(port), min(3, 6 / len(servers))))
-            if not problems[-1]:
-                break
-        else:
-            raise Failure(
-                f"{where}: no broker can be reached ({'; '.join(problems)});"
-                " is it running, the address right, the port open (security group)?"
-            )
-        try:
-            client = KafkaConsumer(**settings.kafka())
-            partitions = client.partitions_for_topic(settings.kafka_topic) or set()
-            brokers = client._client.cluster.brokers()
-            client.close()
-        except KafkaError as error:
-            raise Failure(f"{silent} {type(error).__name__}: {error}{last.said()}") from None
-        except (OSError, ValueError, AssertionError) as error:
-            raise Failure(f"{where}: {type(error).__name__}: {error}{last.said()}") from None
-        # kafka-python 3 keeps the bootstrap addresses apart, and calls the field node_id.
-        if all(str(getattr(broker, "nodeId", "")).startswith("bootstrap") for broker in brokers):
-            raise Failure(silent + last.said())  # no metadata came: it hung up each time
-        if not partitions:
-            raise Failure(
-                f"KAFKA_TOPIC={settings.kafka_topic}: the topic does not exist on {servers[0]}, or"
-                " this user may not see it; create it with kafka-topics.sh --create"
-            )
-        timeout = min(3, 6 / max(1, len(brokers)))
-        problems = [_reach(broker.host, broker.port, timeout) for broker in brokers]
-        if problems and all(problems):
-            raise Failure(
-                f"{where} answers, but says that clients shall connect to an address that cannot"
-                f" be reached ({'; '.join(problems)}); mend advertised.listeners on the broker"
-            )
-
-
-class _LastError(logging.Handler):
-    """Keeps the Kafka client's last error, the only place where it says why it fails."""
-
-    text = ""
-
-    def __enter__(self) -> None:
-        self.client = logging.getLogger("kafka")
-        self.client.addHandler(self)
-        self.client.propagate = False  # it is said once, with ours
-
-    def __exit__(self, *error: object) -> None:
-        self.client.removeHandler(self)
-        self.client.propagate = True
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.text = record.getMessage()
-
-    def said(self) -> str:
-        return f" (the client says: {self.text})" if self.text else ""
+        timer = threading.Timer(0.3, os._exit, [self.code])  # should even stderr be blocked
+        timer.daemon = True
+        timer.start()
+        level = logging.ERROR if self.code else logging.WARNING
+        log.log(level, "stopped without an answer from the other side; %s", self.under_way())
+        os._exit(self.code)

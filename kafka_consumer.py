@@ -1,11 +1,13 @@
-"""Writes each record of a Kafka topic to S3 as one object, and proves it.
+"""Writes each record of a Kafka topic to S3 as one object.
 
     python kafka_consumer.py [--max-messages N] [--audit]
 
-The main thread owns the Kafka client: it takes records, commits what is done and keeps the group
-membership. The uploads run on the file system's event loop in its own thread (`Uploader`). A
-record is open from when it is taken until its object exists or its dead letter is acknowledged;
-what is committed is the position below which nothing is open.
+The main thread owns the Kafka client and decides everything. Single attempts to upload run on an
+event loop in a thread of its own, and between the two there are only futures: a record that was
+taken stands in its partition's line with the future of its attempt. What is done is taken from
+the front of the line, and what stands before the front is committed. An attempt that failed is
+the partition's hold: its record alone is tried again, until it is done. A monitor asks the broker
+how far its topic goes, through a client of its own, and says what stands still.
 """
 
 from __future__ import annotations
@@ -17,19 +19,27 @@ if __name__ == "__main__":  # Ctrl-C while the imports run, a second or two: no 
 
 import argparse
 import asyncio
+import concurrent.futures
 import json
 import logging
 import math
-import queue
 import random
 import re
+import socket
+import ssl
 import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from base64 import b64encode
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from hashlib import md5
+from itertools import chain
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import aiohttp
@@ -38,108 +48,55 @@ import fsspec.asyn
 from aiobotocore.session import AioSession
 from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
-from botocore.exceptions import BotoCoreError, ClientError
-from kafka import ConsumerRebalanceListener, KafkaConsumer, OffsetAndMetadata, TopicPartition
-from kafka.errors import (
-    CommitFailedError,
-    IllegalGenerationError,
-    KafkaError,
-    KafkaTimeoutError,
-    OffsetOutOfRangeError,
-    RebalanceInProgressError,
-    UnknownMemberIdError,
-)
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+from botocore.httpsession import ProxyConfiguration, get_cert_path
+from botocore.parsers import ResponseParserError
+from botocore.utils import get_environ_proxies
+from kafka import ConsumerRebalanceListener, OffsetAndMetadata, TopicPartition
+from kafka import errors as kafka_errors
+from kafka.errors import KafkaError
 from s3fs import S3FileSystem
+from yarl import URL
 
-from config import (
-    HINTS,
-    RENEW,
-    Durations,
-    Failure,
-    NoOffsetForPartitionError,
-    Settings,
-    SettingsError,
-    Stop,
-    check_kafka,
-    code_of,
-    environment,
-    explain,
-    make_producer,
-    positive,
-    records,
-    serve_metrics,
-    setup_logging,
-    status,
-    within,
-)
+import config
+from config import Failure, S3Error, Settings, SettingsError, code_of, explain, output
 
 log = logging.getLogger(__name__)
 
-WINDOW = 256  # records taken and not committed: what a kill -9 makes us send again
-BATCH = 64  # room that makes a poll worth its price
+WINDOW = 256  # records taken and not committed, at most: what a kill -9 makes us send again
+BYTES_IN_HAND = 32 * 2**20  # above this no more is taken; one record at least
+POLL_ROOM = 64  # room in the window from which a poll is worth its price
 COMMIT_EVERY = 0.1  # s
-PATIENCE = 3.0  # s that S3 may take, and as long again for each 150 kB
-LONGEST_PAUSE = 1.0  # s between attempts while S3 fails; with PATIENCE under the 5 s of DESIGN
-SAY_EVERY = 30.0  # s
+TIMEOUT = 3.0  # s of silence after which an attempt has failed; trying again is always safe
+MAX_PAUSE = 1.0  # s between attempts while S3 fails; with TIMEOUT less than the 5 s of promise 4
+CREDENTIALS_WAIT = 60.0  # s (promise 10)
+CHUNK = 2**14  # bytes, of a large value: each that leaves is a sign of life
+SESSION_MS = 6000  # the broker's minimum: how long a killed member is missed
+LOOK_EVERY = 2.0  # s between the monitor's questions to the brokers
+STANDS_AFTER = 5.0  # s without a record though there are some
 
-METRICS = (
-    ("kafka_s3_records_written_total", "Records whose object exists.", "written"),
-    ("kafka_s3_bytes_written_total", "Bytes of those objects.", "bytes"),
-    ("kafka_s3_replays_total", "Objects already there with the same bytes.", "replays"),
-    ("kafka_s3_dead_letters_total", "Records sent to the dead letter topic.", "dead_letters"),
-    ("kafka_s3_retries_total", "Attempts that failed and were made again.", "retries"),
-    ("kafka_s3_commits_total", "Offset commits acknowledged.", "commits"),
-    ("kafka_s3_lag_records", "Records not yet done.", "lag", "partition"),
-    (
-        "kafka_s3_upload_seconds",
-        "From a record's start to S3's or the broker's answer.",
-        "upload_seconds",
-    ),
-    ("kafka_s3_holding", "1 while S3 fails and the consumer holds its place.", "holding"),
-    ("kafka_s3_holding_info", "Why it holds.", "holding_info", "reason"),
-    ("kafka_s3_holds_total", "Times it began to hold.", "holds"),
-    ("kafka_s3_last_success_timestamp_seconds", "Last record done.", "last_success"),
+EXPECTED = (  # errors that are said in one line, without a traceback
+    *(S3Error, ClientError, BotoCoreError, aiohttp.ClientError, OSError, KafkaError),
+    ResponseParserError,
+)
+TRANSIENT = (  # beside those that the client calls retriable: the group has moved on
+    kafka_errors.CommitFailedError,
+    kafka_errors.IllegalGenerationError,
+    kafka_errors.RebalanceInProgressError,
+    kafka_errors.UnknownMemberIdError,
+    kafka_errors.KafkaTimeoutError,
+    config.NoOffsetForPartitionError,  # until it is settled
 )
 
-
-@dataclass
-class Stats:
-    """What is counted, for the status line and METRICS."""
-
-    written: int = 0
-    bytes: int = 0
-    replays: int = 0
-    dead_letters: int = 0
-    retries: int = 0
-    commits: int = 0
-    holds: int = 0
-    reason: str = ""  # while holding: the error's code, a label of few values
-    last_success: float = 0.0
-    lag: dict[int, int] = field(default_factory=dict)
-    upload_seconds: Durations = field(default_factory=Durations)
-
-    @property
-    def done(self) -> int:
-        return self.written + self.dead_letters
-
-    @property
-    def holding(self) -> bool:
-        return bool(self.reason)
-
-    @property
-    def holding_info(self) -> dict[str, int]:
-        return {self.reason: 1} if self.reason else {}
+# ------------------------------------------------------------------------------------ one record
 
 
-# ---------------------------------------------------------------------------- records and objects
+def _not_json(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
 
 
-def _reject(text: str) -> None:
-    raise ValueError(f"{text} is not JSON")
-
-
-# parse_int: any number of digits is JSON, but not an int of Python's.
-_JSON = json.JSONDecoder(parse_constant=_reject, parse_int=str)
+# parse_int=str: JSON has integers of any length, Python converts 4,300 digits at most.
+_DECODER = json.JSONDecoder(parse_constant=_not_json, parse_int=str)
 
 
 def flaw(value: bytes | None) -> str:
@@ -147,7 +104,7 @@ def flaw(value: bytes | None) -> str:
     if not value:
         return "the value is null" if value is None else "the value is empty"
     try:
-        parsed = _JSON.decode(value.decode("utf-8"))
+        parsed = _DECODER.decode(value.decode("utf-8"))
     except UnicodeDecodeError as error:
         return f"not UTF-8: {error.reason} at byte {error.start}"
     except RecursionError:
@@ -158,266 +115,369 @@ def flaw(value: bytes | None) -> str:
 
 
 def object_name(prefix: str, partition: int, offset: int) -> str:
-    """The object of a record; a function of nothing else, so that a replay makes the same one."""
+    """The object of a record; it depends on nothing else, so a replay makes the same one."""
     folder = f"partition={partition}/" if partition else ""
     return f"{prefix}{folder}stock_market_{offset}.json"
 
 
 def about(record: Any) -> dict[str, Any]:
-    """What a log line about a record carries: topic, partition, offset, key."""
+    """The fields of a log line about a record: topic, partition, offset, key."""
     key = None if record.key is None else record.key.decode(errors="backslashreplace")
     return dict(topic=record.topic, partition=record.partition, offset=record.offset, key=key)
 
 
-class S3Error(Exception):
-    """S3's refusal: `code` as in its list of error responses."""
-
-    def __init__(self, status: int, text: str) -> None:
-        code, message = (re.search(f"<{tag}>([^<]*)", text) for tag in ("Code", "Message"))
-        self.code = code[1] if code else f"HTTP {status}"
-        super().__init__(message[1] if message else "")
+# ------------------------------------------------------------- the bucket, seen from the event loop
 
 
 class Conflict(Failure):
     """An object is there with other bytes."""
 
 
-def patience(value: bytes) -> float:
-    """Seconds that S3 may take for an object; then it is tried again, which is always safe."""
-    return PATIENCE * (1 + len(value) / 150_000)
+class Answer(NamedTuple):
+    """An HTTP answer, which may be S3's or not."""
+
+    status: int
+    headers: Mapping[str, str]  # names in any case
+    body: bytes
+
+    def element(self, name: str) -> str:
+        """The text of an element of S3's XML; "" when the answer has none."""
+        found = re.search(rf"<{name}>([^<]*)</{name}>", self.body.decode(errors="replace"))
+        return found[1] if found else ""
+
+    def etag(self) -> str:
+        return self.headers.get("ETag", "").strip('"')
+
+    def has_md5(self, value: bytes) -> bool:
+        return self.etag() == md5(value, usedforsecurity=False).hexdigest()
+
+    def uses_keys(self) -> bool:
+        """S3 says that it encrypts with keys for which the ETag is not the MD5 of the bytes."""
+        customers = "x-amz-server-side-encryption-customer-algorithm" in self.headers
+        return customers or "aws:kms" in self.headers.get("x-amz-server-side-encryption", "")
+
+    def refused_condition(self) -> bool:
+        return self.status == 412 and self.element("Code") == "PreconditionFailed"
+
+    def error(self) -> S3Error:
+        """The error that this answer is, since it is not the one that was needed."""
+        code = self.element("Code") or f"HTTP {self.status}"
+        if 300 <= self.status < 400:
+            region = self.headers.get("x-amz-bucket-region") or self.element("Region")
+            where = self.headers.get("Location") or self.element("Endpoint") or "elsewhere"
+            text = f"redirected to {where}, and no redirect is followed: set S3_ENDPOINT_URL, or"
+            return S3Error(code, f"{text} AWS_DEFAULT_REGION={region or 'to that of the bucket'}")
+        if self.element("Code"):
+            return S3Error(code, self.element("Message"))
+        kind = self.headers.get("Content-Type", "no type")
+        return S3Error(code, f"no S3 answer ({kind}): is a proxy or another server in between?")
+
+
+class SignedHttp:
+    """Signed requests to the address of a bucket, with botocore's signer and aiohttp.
+
+    botocore spends two thirds of the time of a small PUT on what is the same for every object
+    (rules of the endpoint, serializer, hooks): without it one process writes 1.4 times as many
+    objects a second as with the best loop over `put_object`. What its HTTP session cannot do is
+    needed too: no redirect is followed, and what is bounded is silence, not a slow link's time.
+    """
+
+    def __init__(self, address: str, region: str, verify: str | bool, connections: int) -> None:
+        """`address` ends with a slash; `verify` is a file of authorities, or True: the usual."""
+        self.address, self.region = address, region
+        self.proxy = ProxyConfiguration(get_environ_proxies(address)).proxy_url_for(address)
+        context = ssl.create_default_context(cafile=get_cert_path(verify))
+        connector = aiohttp.TCPConnector(
+            limit=connections, ssl=context, socket_factory=_socket_with_small_buffer
+        )
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT)
+        self.http = aiohttp.ClientSession(connector=connector, timeout=timeout)
+
+    async def send(
+        self, method: str, name: str, keys: Any, value: bytes, headers: Mapping[str, str]
+    ) -> Answer:
+        """Raises TimeoutError after TIMEOUT seconds in which no byte moved."""
+        url = self.address + quote(name, safe="/~")
+        request = AWSRequest(method, url, headers, value)
+        S3SigV4Auth(keys, "s3", self.region).add_auth(request)
+        now = asyncio.get_running_loop().time
+        body = bytearray()
+        async with asyncio.timeout(TIMEOUT) as silence:
+
+            async def chunks() -> AsyncIterator[bytes]:
+                for start in range(0, len(value), CHUNK):
+                    yield value[start : start + CHUNK]
+                    silence.reschedule(now() + TIMEOUT)
+
+            async with self.http.request(
+                method,
+                URL(url, encoded=True),
+                data=value if len(value) <= CHUNK else chunks(),
+                headers={**request.headers, "Content-Length": str(len(value))},
+                proxy=self.proxy,
+                allow_redirects=False,
+            ) as answer:
+                async for chunk in answer.content.iter_any():
+                    body += chunk
+                    silence.reschedule(now() + TIMEOUT)
+                return Answer(answer.status, answer.headers, bytes(body))
+
+
+def _socket_with_small_buffer(address: Any) -> socket.socket:
+    """What is written to it is soon on its way: a slow link is not taken for a silent one."""
+    connection = socket.socket(*address[:3])
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**16)
+    connection.setblocking(False)
+    return connection
 
 
 class Bucket:
-    """The bucket, seen from the event loop; every call is bounded in time."""
+    """The bucket. Objects are created and compared; none is ever replaced."""
 
     def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.name = settings.s3_bucket
+        self.settings, self.name = settings, settings.s3_bucket
+        self.where = f"{settings.s3_bucket} at {settings.s3_endpoint_url or 'AWS'}"
+        self.honours_condition = False  # until it is seen
+        self.renewal: asyncio.Task[Any] | None = None
+        self.renew_at, self.renew_pause = 0.0, 0.2
 
-    async def open(self) -> list[str]:
-        """Connect with credentials looked up anew; returns a few of the names in the bucket.
+    async def find_credentials(self) -> None:
+        """Take the AWS credentials as they are now: a session keeps those that it has found. Those
+        in use stay until others are there. Raises what botocore raises."""
+        self.session = AioSession()
+        credentials = await self.session.get_credentials()
+        if credentials is None:
+            raise NoCredentialsError
+        await credentials.get_frozen_credentials()
+        self.credentials, self.keys_until = credentials, 0.0
 
-        Raises what botocore does; the connection can be used even after AccessDenied.
-        """
-        session = AioSession()
-        # With `Expect: 100-continue` an upload can wait for ever (no timeout covers it).
-        session.unregister("before-call.s3", botocore.handlers.add_expect_header)
-        self.fs = S3FileSystem(
-            endpoint_url=self.settings.s3_endpoint_url,
-            session=session,
-            skip_instance_cache=True,
-            config_kwargs={
-                "max_pool_connections": self.settings.s3_max_concurrency,
-                "connect_timeout": PATIENCE,
-                "read_timeout": 10,
-                "retries": {"total_max_attempts": 1},
-            },
-        )
-        await self.fs.set_session()
-        self.client = await self.fs.get_s3(self.name)
-        sent: list[Any] = []
-        events, note = self.client.meta.events, lambda request, **_: sent.append(request)
-        events.register("before-send.s3", note)
+    async def renew(self) -> None:
+        """Look for new credentials after an error of any kind, at a growing distance."""
+        now = asyncio.get_running_loop().time()
+        if now < self.renew_at:
+            return
+        self.renew_pause = min(2 * self.renew_pause, 2)
+        self.renew_at = now + self.renew_pause
         try:
-            answer = await self.client.list_objects_v2(
-                Bucket=self.name, Prefix=self.settings.s3_prefix, MaxKeys=3
-            )
-            return [entry["Key"] for entry in answer.get("Contents", [])]
-        finally:
-            events.unregister("before-send.s3", note)
-            if sent:
-                self._learn(sent[-1])
-                self.credentials = await session.get_credentials()
+            await _slowly(self.find_credentials())
+        except Exception as error:  # those in use may still be good
+            log.debug("while looking for new credentials: %s", explain(error))
 
-    def _learn(self, request: Any) -> None:
-        # botocore spends two thirds of a small PUT on what is the same for every object (rules of
-        # the endpoint, serializer, hooks). Its signer and its HTTP session are all that differs;
-        # the listing's own request says where the bucket is and in which region.
-        self.base = request.url.partition("?")[0].rstrip("/") + "/"
-        scope = request.headers["Authorization"]
-        scope = scope.decode() if isinstance(scope, bytes) else scope
-        self.region = re.findall(r"/\d{8}/([^/]+)/s3/", scope)[0]
-        self.http = self.client._endpoint.http_session
+    async def keys(self) -> Any:
+        """The keys to sign with. Their renewal may take long, and all uploads wait for the one."""
+        loop = asyncio.get_running_loop()
+        if loop.time() >= self.keys_until:
+            if self.renewal is None or self.renewal.done():
+                frozen = self.credentials.get_frozen_credentials()
+                self.renewal = loop.create_task(_slowly(frozen))
+            self.frozen = await asyncio.shield(self.renewal)
+            self.keys_until = loop.time() + 1
+        return self.frozen
 
-    async def put(self, name: str, value: bytes, **headers: str) -> tuple[int, str]:
-        """PUT with conditions; returns the HTTP status and the answer's text."""
-        url = self.base + quote(name, safe="/~")
-        request = AWSRequest("PUT", url, {"Content-Type": "application/json", **headers}, value)
-        async with asyncio.timeout(patience(value)):
-            keys = await self.credentials.get_frozen_credentials()
-            S3SigV4Auth(keys, "s3", self.region).add_auth(request)
-            answer = await self.http.send(request.prepare())
-            return answer.status_code, await answer.text
+    async def connect(self) -> list[str]:
+        """Find the bucket's address and region, by listing a few of its names; returns these.
 
-    async def create(self, name: str, value: bytes) -> bool:
-        """Make the object; False when it was there with the same bytes (a replay, or our own
-        upload whose answer was lost). Raises Conflict, S3Error, and what the connection raises."""
-        code, text = await self.put(name, value, **{"If-None-Match": "*"})
-        if 200 <= code < 300:
+        Raises what botocore raises; the bucket can be used even after AccessDenied.
+        """
+        # With `Expect: 100-continue` an upload can wait for ever (no timeout covers it).
+        self.session.unregister("before-call.s3", botocore.handlers.add_expect_header)
+        limits = {"connect_timeout": TIMEOUT, "read_timeout": 5}
+        client = await S3FileSystem(
+            endpoint_url=self.settings.s3_endpoint_url,
+            session=self.session,
+            skip_instance_cache=True,
+            config_kwargs={**limits, "retries": {"total_max_attempts": 1}},
+        ).set_session()
+
+        def note(request: Any, region_name: str, **_: Any) -> None:
+            verify = self.session.get_config_variable("ca_bundle") or True
+            address = request.url.partition("?")[0].rstrip("/") + "/"
+            connections = self.settings.s3_max_concurrency
+            self.http = SignedHttp(address, region_name, verify, connections)
+
+        client.meta.events.register("before-sign.s3", note)
+        prefix = self.settings.s3_prefix
+        answer = await client.list_objects_v2(Bucket=self.name, Prefix=prefix, MaxKeys=3)
+        return [entry["Key"] for entry in answer.get("Contents", [])]
+
+    async def request(self, method: str, name: str, value: bytes = b"", **headers: str) -> Answer:
+        return await self.http.send(method, name, await self.keys(), value, headers)
+
+    async def put(self, name: str, value: bytes) -> Answer:
+        """PUT where there is no object. Content-MD5: buckets with Object Lock want it."""
+        digest = b64encode(md5(value, usedforsecurity=False).digest()).decode()
+        headers = {"Content-Type": "application/json", "Content-MD5": digest}
+        return await self.request("PUT", name, value, **headers, **{"If-None-Match": "*"})
+
+    async def create(self, name: str, value: bytes, look_first: bool = False) -> str:
+        """Make the object: "written", or "replayed" when it was there with the same bytes (a
+        replay, or an upload of ours whose answer was lost: then `look_first`).
+
+        Raises Conflict for other bytes, Failure for a server that ignores the condition, and
+        S3Error, or what the connection raises, for what may pass.
+        """
+        if look_first and await self.holds(name, value):
+            return "replayed"
+        answer = await self.put(name, value)
+        if answer.refused_condition():
+            self.honours_condition = True
+            if await self.holds(name, value):
+                return "replayed"
+            raise S3Error("PreconditionFailed", "an object was there, and now there is none")
+        if answer.status == 501 and answer.element("Code") == "NotImplemented":
+            raise Failure(self.is_unsafe("does not know If-None-Match (501 NotImplemented)"))
+        if answer.status != 200 or not answer.etag() or b"<Error>" in answer.body:
+            raise answer.error()
+        if not (answer.has_md5(value) or answer.uses_keys() or await self.holds(name, value)):
+            raise S3Error("NoSuchKey", "the object was said to be made, and was not")
+        if not self.honours_condition:  # the first of this run, and it is made alone
+            again = await self.put(name, value)
+            if again.status == 200 and again.etag():
+                raise Failure(self.is_unsafe("ignores If-None-Match"))
+            if not again.refused_condition():
+                raise again.error()
+            self.honours_condition = True
+        return "written"
+
+    def is_unsafe(self, why: str) -> str:
+        return (
+            f"S3_BUCKET={self.where}: the server {why}, so that objects could be overwritten"
+            " without a word: use one that knows conditional writes (see S3_ENDPOINT_URL)"
+        )
+
+    async def holds(self, name: str, value: bytes) -> bool:
+        """Whether the object is there with these bytes; False when it is not there.
+
+        Raises Conflict when it has others, and an answer proves it.
+        """
+        head = await self.request("HEAD", name)
+        if head.status == 404:
+            return False
+        if head.status == 200 and head.has_md5(value) and not head.uses_keys():
             return True
-        if code != 412:
-            raise S3Error(code, text)
-        if await self.get(name, patience(value)) != value:
-            raise Conflict(
-                f"s3://{self.name}/{name} is there with other bytes: it was left as it is. Was the"
-                " topic made anew, or do two topics share this S3_PREFIX? Set another S3_PREFIX"
-            )
-        return False
-
-    async def get(self, name: str, timeout: float = 60) -> bytes:
-        async with asyncio.timeout(timeout):
-            answer = await self.client.get_object(Bucket=self.name, Key=name)
-            async with answer["Body"] as body:
-                return bytes(await body.read())
+        found = await self.request("GET", name)
+        if found.status != 200 or not found.etag():
+            raise found.error()
+        if found.body == value:
+            return True
+        in_parts = re.fullmatch(r"[0-9a-f]{32}-[0-9]+", found.etag())
+        if not (found.has_md5(found.body) or in_parts or found.uses_keys()):
+            raise found.error()
+        raise Conflict(
+            f"s3://{self.name}/{name} is there with other bytes: it was left as it is. Was the"
+            " topic made anew, or do two topics share this S3_PREFIX? Set another S3_PREFIX"
+        )
 
 
-# ------------------------------------------------------------------------------- the upload side
+async def _slowly(asked: Coroutine[Any, Any, Any]) -> Any:
+    """Wait for credentials: that may mean a program, another service, or a person."""
+    text = "still waiting for the AWS credentials after 5 s (60 s at most)"
+    warning = asyncio.get_running_loop().call_later(5, log.warning, text)
+    try:
+        async with asyncio.timeout(CREDENTIALS_WAIT):
+            return await asked
+    except TimeoutError:
+        raise S3Error("CredentialsTimeout", "no AWS credentials within 60 s") from None
+    finally:
+        warning.cancel()
 
 
-class Partition:
-    """An assigned partition: `open` holds, in order, the offsets taken and not done."""
-
-    def __init__(self, position: int) -> None:
-        self.next = position  # where fetching goes on
-        self.committed = position
-        self.open: dict[int, None] = {}
-        self.revoked = False
-
-    def done(self) -> int:
-        """The position below which nothing is open."""
-        return next(iter(self.open), self.next)
+# -------------------------------------------------------- attempts: all of this on the event loop
 
 
-Item = tuple[Partition, Any]  # a record and the assignment that it came by
+@dataclass(eq=False)
+class Taken:
+    """A record in line: the future of its attempt, None while it waits for one, and what is known
+    of the attempts that failed."""
+
+    record: Any
+    attempt: Future[str] | None = None
+    error: BaseException | None = None
+    failed_since: float = 0.0
+    retry_at: float = 0.0
+    pause: float = 0.05  # s, before the next attempt
+
+    def is_under_way(self) -> bool:
+        return self.attempt is not None and not self.attempt.done()
 
 
 class Uploader:
-    """Workers on the event loop. Each takes a record and gives it up only when it is done, so
-    nothing is skipped; `finished` gets (partition, record, outcome)."""
+    """Single attempts to make objects and dead letters, as many at once as allowed."""
 
-    def __init__(self, settings: Settings, bucket: Bucket, stats: Stats, loop: Any = None) -> None:
+    def __init__(self, settings: Settings, bucket: Any, stats: Stats, loop: Any = None) -> None:
         self.settings, self.bucket, self.stats = settings, bucket, stats
         self.loop = loop or fsspec.asyn.get_loop()
-        self.finished: queue.SimpleQueue[tuple[Partition, Any, Any]] = queue.SimpleQueue()
-        self.waiting: asyncio.Queue[Item] = asyncio.Queue()
-        self.answering = asyncio.Event()  # cleared while S3 fails and one record is the probe
-        self.answering.set()
-        self.began: float | None = None  # when the present hold began
-        self.said = self.answered = -math.inf  # when it was last said; when the last one ended
-        self.failing = "S3"
-        self.letters: dict[tuple[int, int], Any] = {}
-        self.lock = threading.Lock()
+        self.slots = asyncio.Semaphore(settings.s3_max_concurrency)
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.letters: dict[tuple[int, int], Any] = {}  # under way, by partition and offset
+        self.sending = asyncio.Lock()
         self.producer: Any = None
-        for _ in range(settings.s3_max_concurrency):
-            asyncio.run_coroutine_threadsafe(self.work(), self.loop)
 
-    def submit(self, items: Sequence[Item]) -> None:
-        """Hand records over, from another thread."""
+    def start(self, batch: Sequence[Taken]) -> None:
+        """Begin an attempt for each, from another thread."""
+        for taken in batch:
+            taken.attempt = Future()
+        self.loop.call_soon_threadsafe(self._launch, batch)
 
-        def put() -> None:
-            for item in items:
-                self.waiting.put_nowait(item)
+    def _launch(self, batch: Sequence[Taken]) -> None:
+        for taken in batch:
+            task = self.loop.create_task(self._run(taken, taken.attempt))
+            self.tasks.add(task)  # the loop itself keeps no task alive
+            task.add_done_callback(self.tasks.discard)
 
-        self.loop.call_soon_threadsafe(put)
-
-    async def work(self) -> None:
-        while True:
-            partition, record = await self.waiting.get()
+    async def _run(self, taken: Taken, attempt: Any) -> None:
+        async with self.slots:
+            if not attempt.set_running_or_notify_cancel():
+                return
+            began = self.loop.time()
             try:
-                outcome: Any = await self.deliver(partition, record)
-            except Exception as error:
-                outcome = error
-            self.finished.put((partition, record, outcome))
+                outcome = await self.deliver(taken)
+            except BaseException as error:
+                attempt.set_exception(error)
+            else:
+                self.stats.observe_upload(self.loop.time() - began)
+                attempt.set_result(outcome)
 
-    async def deliver(self, partition: Partition, record: Any) -> str:
-        """Make the record's object or dead letter, however long that takes; returns what became
-        of it: "written", "replayed", "dead" or "revoked". Raises Conflict."""
-        while not partition.revoked:
-            await self.answering.wait()
-            outcome, error = await self.attempt(record)
-            if error and self.answering.is_set():  # the first to fail tries for all of them
-                outcome = await self.hold(partition, record, error)
-            if outcome:
-                self.recovered(record)
-                return outcome
-        return "revoked"
-
-    async def attempt(self, record: Any) -> tuple[str, Exception | None]:
-        began = self.loop.time()
+    async def deliver(self, taken: Taken) -> str:
+        """Once: "written", "replayed" or "dead". Raises what Bucket.create and Kafka raise."""
+        record = taken.record
+        if reason := flaw(record.value):
+            await self.send_letter(record, reason)
+            return "dead"
+        name = object_name(self.settings.s3_prefix, record.partition, record.offset)
+        silent = isinstance(taken.error, TimeoutError)
         try:
-            if reason := flaw(record.value):
-                await asyncio.to_thread(self.bury, record, reason)
-                return "dead", None
-            name = object_name(self.settings.s3_prefix, record.partition, record.offset)
-            new = await self.bucket.create(name, record.value)
-        except Conflict:
+            return await self.bucket.create(name, record.value, look_first=silent)
+        except Exception:
+            await self.bucket.renew()
             raise
-        except Exception as error:  # of any kind: see promise 4
-            self.stats.retries += 1
-            return "", error
-        self.stats.upload_seconds.add(self.loop.time() - began)
-        return "written" if new else "replayed", None
 
-    async def hold(self, partition: Partition, record: Any, error: Exception | None) -> str:
-        """Try one record, with growing pauses, until it is done or revoked ("")."""
-        self.answering.clear()
-        if self.began is None:  # else it goes on from the record of a partition given up
-            self.began = self.loop.time()
-            # A failure now and then (SlowDown) makes many short holds: of those that follow one
-            # another only one that lasts a second is said.
-            self.said = self.began - SAY_EVERY + (0 if self.began - self.answered > 5 else 1)
-            self.stats.holds += 1
-        self.failing = f"topic {self.settings.kafka_dlq_topic}" if flaw(record.value) else "S3"
-        pause, outcome = 0.05, ""
-        try:
-            while error is not None and not partition.revoked:
-                self.stats.reason = code_of(error)
-                now = self.loop.time()
-                if now - self.said >= SAY_EVERY:
-                    log.warning(
-                        "%s failing, %sholding at %s/%d/%d: %s; nothing is skipped",
-                        self.failing,
-                        "" if now - self.began < 2 else f"still after {now - self.began:.0f} s, ",
-                        *(record.topic, record.partition, record.offset),
-                        explain(error),
-                        extra=about(record),
-                        exc_info=None if isinstance(error, _KNOWN) else error,
-                    )
-                    self.said = now
-                await asyncio.sleep(pause * random.uniform(0.5, 1))
-                pause = min(2 * pause, LONGEST_PAUSE)
-                if HINTS.get(code_of(error)) == RENEW and pause > 0.1:  # not for a single refusal
-                    await self.reopen()
-                outcome, error = await self.attempt(record)
-        finally:
-            self.stats.reason = ""
-            self.answering.set()
-        return outcome
+    async def send_letter(self, record: Any, reason: str) -> None:
+        """Send a record to the dead letter topic, unchanged, and wait for the acknowledgement.
 
-    def recovered(self, record: Any) -> None:
-        """A record is done: if there was a hold, it is over."""
-        if self.began is None or not self.answering.is_set():
-            return
-        self.answered = self.loop.time()
-        if self.said >= self.began:
-            text = "%s answers again after %.1f s"
-            log.warning(text, self.failing, self.answered - self.began, extra=about(record))
-        self.began = None
-
-    async def reopen(self) -> None:
-        """Look for renewed credentials: a session keeps those it has found for ever."""
-        try:
-            async with asyncio.timeout(PATIENCE):
-                await self.bucket.open()
-        except Exception as error:
-            log.debug("while looking for new credentials: %s", explain(error))
-
-    def bury(self, record: Any, reason: str) -> None:
-        """Send a record to the dead letter topic, unchanged, and wait for the acknowledgement."""
+        Raises KafkaError, and TimeoutError while the broker does not answer: the letter is under
+        way then, and the next attempt waits for it.
+        """
         where = (record.partition, record.offset)
-        with self.lock:
-            self.producer = self.producer or make_producer(self.settings)
-        future = self.letters.pop(where, None) or self.producer.send(
+        sent = self.letters.pop(where, None)
+        if sent is None:
+            async with self.sending:  # in a thread: without the topic's metadata it takes 0.5 s
+                sent = await asyncio.to_thread(self._send, record, reason)
+        answered = asyncio.Event()
+        sent.add_both(lambda _: self.loop.call_soon_threadsafe(answered.set))
+        try:
+            async with asyncio.timeout(TIMEOUT):
+                await answered.wait()
+        except TimeoutError:
+            self.letters[where] = sent
+            raise
+        if sent.failed():
+            raise sent.exception
+
+    def _send(self, record: Any, reason: str) -> Any:
+        if self.producer is None:
+            self.producer = config.make_producer(self.settings)
+        return self.producer.send(
             self.settings.kafka_dlq_topic,
             value=record.value,
             # The client refuses a message with neither key nor value.
@@ -430,339 +490,697 @@ class Uploader:
                 ("source.offset", str(record.offset).encode()),
             ],
         )
+
+
+# ---------------------------------------------------------------- the monitor: what stands still
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the brokers said of the topic. A partition whose leader does not answer is in
+    `problems`, and in neither of the dictionaries of offsets."""
+
+    asked_at: float
+    begins: dict[TopicPartition, int]
+    ends: dict[TopicPartition, int]
+    problems: dict[TopicPartition, str]
+    positions: bool  # whether the group's were asked for too
+    committed: dict[TopicPartition, Any]  # these: offset and metadata
+
+
+def look(client: Any, topic: str, asked_at: float, positions: bool) -> Look:
+    """Ask the leaders of the topic's partitions, and for the group's positions the coordinator;
+    without a topic all is empty. It takes as long as they do. Raises KafkaError when none answers.
+    """
+    begins: dict[TopicPartition, int] = {}
+    ends: dict[TopicPartition, int] = {}
+    problems: dict[TopicPartition, str] = {}
+    tps = [TopicPartition(topic, p) for p in sorted(client.partitions_for_topic(topic) or ())]
+    client.assign(tps)  # so that the client keeps this topic's metadata, and no other's
+    leader = client._client.cluster.leader_for_partition
+    for node in {leader(tp) for tp in tps}:
+        led = [tp for tp in tps if leader(tp) == node]
         try:
-            future.get(timeout=PATIENCE)
-        except KafkaError:
-            if not future.failed():
-                self.letters[where] = future  # under way: wait for it, do not send it twice
-            raise
+            ends |= client.end_offsets(led)
+            begins |= client.beginning_offsets(led)
+        except (KafkaError, KeyError) as error:  # KeyError: the topic was deleted just now
+            text = f"its leader, broker {node}, does not answer ({type(error).__name__})"
+            problems |= dict.fromkeys(led, text)
+    if problems and not ends:
+        raise kafka_errors.KafkaTimeoutError
+    committed = client._coordinator.fetch_committed_offsets(tps) if positions else {}
+    return Look(asked_at, begins, ends, problems, positions, committed)
 
 
-# No traceback for these.
-_KNOWN = (S3Error, BotoCoreError, ClientError, aiohttp.ClientError, OSError, KafkaError)
+def looking(settings: Settings) -> Callable[[float, bool], Future[Look]]:
+    """`look` with a client of its own, in a thread for each."""
+    client = config.make_consumer(
+        settings,
+        session_timeout_ms=2000,  # the client wants it below the next, though it joins no group
+        request_timeout_ms=2500,
+        heartbeat_interval_ms=500,
+        metadata_max_age_ms=5000,
+    )
+    return partial(config.background, look, client, settings.kafka_topic)
 
 
-# -------------------------------------------------------------------------------- the Kafka side
-
-
-class Sink(ConsumerRebalanceListener):
-    """Topic to bucket: takes records, prints and commits what is done, keeps the membership."""
+class Monitor:
+    """Asks the brokers how far the topic goes, and says what stands still and the status. It has
+    a thread and a client of its own: whatever the main thread waits for, it goes on."""
 
     def __init__(
-        self,
-        settings: Settings,
-        consumer: Any,
-        uploader: Any,
-        stats: Stats,
-        limit: float = math.inf,
-        clock: Callable[[], float] = time.monotonic,
+        self, sink: Any, ask: Callable[[float, bool], Future[Look]], clock: Callable[[], float]
     ) -> None:
-        self.settings, self.consumer, self.uploader = settings, consumer, uploader
-        self.stats, self.limit, self.clock = stats, limit, clock
-        self.partitions: dict[TopicPartition, Partition] = {}
-        self.fresh: set[TopicPartition] = set()  # assigned, their position not yet settled
-        self.failure: Exception | None = None
-        self.committed_at = self.polled_at = clock()
+        self.sink, self.ask, self.clock = sink, ask, clock
+        self.latest: Look | None = None
+        self.asking: Future[Look] | None = None
+        self.asked_at, self.unanswered_since = -math.inf, math.inf
+        self.notices = config.Notices(clock)
+        self.shown_at, self.shown = clock(), 0
+        self.ended = False
+
+    def run(self) -> None:
+        while not self.ended:
+            self.tick()
+            time.sleep(0.05)
+
+    def tick(self) -> None:
+        """Hear, ask, say: each where it is time."""
+        now = self.clock()
+        if self.asking and self.asking.done():
+            if self.asking.exception() is None:
+                self.latest, self.unanswered_since = self.asking.result(), math.inf
+            self.asking = None
+        positions = self.sink.look_wanted_at > self.asked_at
+        if self.asking is None and (positions or now - self.asked_at >= LOOK_EVERY):
+            self.asked_at, self.unanswered_since = now, min(self.unanswered_since, now)
+            self.asking = self.ask(now, positions)
+        self.sink.stats.lag = self.lag(now)
+        self.notices.report(self.problems(now))
+        if now - self.shown_at >= (1 if sys.stderr.isatty() else 10):
+            self.show(now)
+
+    def problems(self, now: float) -> dict[str, config.Problem]:
+        """What stands still now; the key says what would be so if it did not."""
+        sink, topic = self.sink, self.sink.settings.kafka_topic
+        if now - self.unanswered_since >= 2:
+            text = (
+                f"no answer from the broker for {now - self.unanswered_since:.0f} s:"
+                f" {sink.under_way()} records in hand wait, nothing is lost{config.last_words}"
+            )
+            return {"the broker answers": config.Problem(text)}
+        found = {}
+        if self.latest and not self.latest.ends:
+            text = f"topic {topic} does not exist any more, or this user may not see it"
+            found["the topic is there"] = config.Problem(text)
+        for tp, partition in list(sink.partitions.items()):
+            unanswered = self.latest.problems.get(tp) if self.latest else None
+            if why := unanswered or partition.stands:
+                text = f"{topic}/{tp.partition} stands still at {partition.position}: {why}"
+                found[f"{topic}/{tp.partition} moves"] = config.Problem(text)
+        if why := sink.waits_for_group(now):
+            found["a partition is assigned"] = config.Problem(why)
+        return found
+
+    def lag(self, now: float) -> dict[int, int | None]:
+        """Records not yet done, by partition; None where the brokers did not say lately."""
+        known = self.latest.ends if self.latest and now - self.unanswered_since < 2 else {}
+        return {
+            tp.partition: max(0, known[tp] - partition.done()) if tp in known else None
+            for tp, partition in list(self.sink.partitions.items())
+        }
+
+    def show(self, now: float) -> None:
+        """The status line: why it holds comes first, since a narrow terminal cuts the end off."""
+        stats, limit, lags = self.sink.stats, self.sink.limit, list(self.sink.stats.lag.values())
+        rate = (stats.written - self.shown) / (now - self.shown_at)
+        self.shown_at, self.shown = now, stats.written
+        holding = ", ".join(sorted(set(stats.holding.values())))
+        left = f", {(limit - stats.done) / rate:.0f} s left" if rate and limit < math.inf else ""
+        lag = "?" if not lags or None in lags else sum(lags)
+        config.status(
+            log,
+            "%swritten %d%s | %.1f/s | lag %s | retries %d | dead-lettered %d",
+            f"HOLDING: {holding} | " if holding else "",
+            stats.written,
+            f" of {limit:.0f}{left}" if limit < math.inf else "",
+            *(rate, lag, stats.retries, stats.dead_letters),
+        )
+
+
+# ----------------------------------------------------------- decisions: all on the main thread
+
+
+@dataclass
+class Stats:
+    """What is counted, for the status line and for infra/monitoring."""
+
+    written: int = 0
+    bytes: int = 0
+    replays: int = 0
+    dead_letters: int = 0
+    retries: int = 0
+    holds: int = 0
+    commits: int = 0
+    last_success: float = 0.0
+    holding: dict[int, str] = field(default_factory=dict)  # partition: why
+    lag: dict[int, int | None] = field(default_factory=dict)  # partition: records, None: unknown
+    observe_upload: Callable[[float], object] = lambda seconds: None
+
+    @property
+    def done(self) -> int:
+        return self.written + self.dead_letters
+
+
+@dataclass(eq=False)
+class Partition:
+    """An assigned partition: what was taken and is not yet done, in line by offset."""
+
+    position: int  # where taking goes on
+    committed: int
+    lost: str = ""  # what retention removed before it was written, for the audit: "3-9,20-20"
+    line: deque[Taken] = field(default_factory=deque)
+    hold: Taken | None = None  # it failed, and is tried alone until it is done
+    moved_at: float = 0.0
+    rests_until: float | None = None  # not fetched until then
+    stands: str = ""  # why the broker gives no record, though there are some
+
+    def done(self) -> int:
+        """The position below which all is done: what may be committed."""
+        return self.line[0].record.offset if self.line else self.position
+
+    def to_commit(self) -> OffsetAndMetadata:
+        return OffsetAndMetadata(self.done(), f"lost {self.lost}" if self.lost else "")
+
+
+@dataclass(eq=False)
+class Sink(ConsumerRebalanceListener):
+    """Takes records, has them uploaded, commits what is done, and keeps the membership."""
+
+    settings: Settings
+    consumer: Any
+    uploader: Any
+    stats: Stats
+    limit: float = math.inf
+    clock: Callable[[], float] = time.monotonic
+    wait: Callable[..., Any] = concurrent.futures.wait
+    monitor: Any = None
+    partitions: dict[TopicPartition, Partition] = field(default_factory=dict)
+    last_committed: dict[TopicPartition, int] = field(default_factory=dict)  # by this process
+    at_once: int = 1  # attempts under way at most; from WINDOW on the uploader's slots decide
+    link_is_slow: bool = False  # the last hold was by silence
+    look_wanted_at: float = -math.inf
+    verified: bool = False  # the group's positions are what we committed last
+    range_unknown: bool = False  # a position was out of the topic's range
+    committed_at: float = -math.inf
+    polled_at: float = -math.inf
+    stepped_at: float = math.inf
+    waits_since: float = math.inf  # for a poll to end, or for a partition
+
+    def __post_init__(self) -> None:
+        self.notices = config.Notices(self.clock)
+
+    # -- Take, book, commit
 
     def step(self) -> None:
-        """Take, collect, commit: once each, in half a second at most while Kafka answers."""
-        open_now = sum(len(partition.open) for partition in self.partitions.values())
-        taken = sum(p.next - p.committed for p in self.partitions.values())
-        left = self.limit - self.stats.done - open_now
-        room = min(WINDOW - taken, left)
-        if self.fresh or room >= min(BATCH, max(left, 1)):
-            self.take(self.poll(100 if not open_now else 10, int(room) if room > 0 else 1))
-            self.collect(0)
+        """Each once, in half a second at most while Kafka answers."""
+        now = self.clock()
+        if now - self.stepped_at > 0.5:  # frozen, or cut off: the topic may be another one
+            self.suspect()
+        self.stepped_at = now
+        if self.range_unknown:
+            self.find_range()
+        left = self.limit - self.stats.done - self.under_way()
+        if self.unsettled() or self.room() >= min(POLL_ROOM, max(left, 1)):
+            self.take(self.poll(100 if self.is_idle() else 10, max(1, int(self.room()))))
+            self.rest_where_nothing_comes()
         else:
-            self.collect(0.1)
+            self.wait_for_first(0.1)
             if self.clock() - self.polled_at > 0.5:
                 self.keep_membership()
-        if self.failure:
-            raise self.failure
+        self.book()
+        self.begin()
         self.commit()
 
+    def under_way(self) -> int:
+        return sum(len(partition.line) for partition in list(self.partitions.values()))
+
+    def is_idle(self) -> bool:
+        return not (self.under_way() or self.unsettled())
+
+    def room(self) -> float:
+        """How many records may be taken."""
+        in_hand = chain.from_iterable(partition.line for partition in self.partitions.values())
+        if self.range_unknown or sum(len(t.record.value or b"") for t in in_hand) >= BYTES_IN_HAND:
+            return 0
+        uncommitted = sum(p.position - p.committed for p in self.partitions.values())
+        return min(WINDOW - uncommitted, self.limit - self.stats.done - self.under_way())
+
     def poll(self, timeout_ms: int, limit: int) -> dict[TopicPartition, list[Any]]:
-        """Records in order, {} while there is something to settle first."""
+        """Records in order; {} while something has to be settled first. Raises Unreadable."""
         self.polled_at = self.clock()
+        self.waits_since = min(self.waits_since, self.polled_at)
+        batches = {}
         try:
-            try:
-                batches = self.consumer.poll(timeout_ms=timeout_ms, max_records=limit)
-            except OffsetOutOfRangeError:
-                self.out_of_range()
-                return {}
+            batches = self.consumer.poll(timeout_ms=timeout_ms, max_records=limit)
         except KafkaError as error:
-            if not isinstance(error, NoOffsetForPartitionError) and not _passing(error):
-                raise
-            self.rewind()  # what the client had in hand when it raised is lost to it
-            batches = {}
-        if self.fresh:
-            self.settle()
+            self.range_unknown |= isinstance(error, kafka_errors.OffsetOutOfRangeError)
+            if not self.range_unknown:
+                raise_unless_transient(error)
+            self.suspect()
+            self.rewind()
+        if new := self.unsettled():
+            self.settle(new)
+        if self.partitions:
+            self.waits_since = math.inf
         return batches
 
-    def settle(self) -> None:
-        """Give every newly assigned partition its position, before anything is fetched. Where
-        the group has none, it is committed: a death before the first commit skips nothing."""
-        fresh = list(self.fresh)
-        try:
-            positions = {tp: self.consumer.committed(tp) for tp in fresh}
-            new = [tp for tp in fresh if positions[tp] is None]
-            if new:
-                first = self.first_positions(new)
-                self.consumer.commit({tp: _position(offset) for tp, offset in first.items()})
-                positions |= first
-            for tp in fresh:
-                self.consumer.seek(tp, positions[tp])
-                self.partitions[tp] = Partition(positions[tp])
-        except KafkaError as error:
-            if not _passing(error):
-                raise
-            self.partitions.clear()  # and again after the next poll, in a new assignment or this
-            return
-        self.fresh.clear()
-        self.consumer.resume(*fresh)
-
-    def first_positions(self, new: list[TopicPartition]) -> dict[TopicPartition, int]:
-        """Where the group begins partitions that it has no position on. In a group that has begun
-        with others these were added to the topic since, and `latest` would skip their records."""
-        rule, topic = self.settings.kafka_auto_offset_reset, self.settings.kafka_topic
-        known = (TopicPartition(topic, p) for p in self.consumer.partitions_for_topic(topic) or ())
-        if rule == "latest" and any(self.consumer.committed(tp) is not None for tp in known):
-            rule = "a partition added since the group began"
-        ends = self.consumer.end_offsets if rule == "latest" else self.consumer.beginning_offsets
-        first = dict(ends(new))
-        for tp in new:
-            text = "group %s begins %s/%d at offset %d (%s)"
-            log.info(text, self.settings.kafka_group_id, *tp, first[tp], rule)
-        return first
-
-    def out_of_range(self) -> None:
-        """A position that the topic does not have: say what is lost and go on after it."""
-        tps = list(self.partitions)
-        begins, ends = self.consumer.beginning_offsets(tps), self.consumer.end_offsets(tps)
-        for tp in tps:
-            at = self.partitions[tp].next
-            if begins[tp] <= at <= ends[tp]:
-                continue
-            if at < begins[tp]:
-                text = "LOST: retention removed offsets %d to %d of %s/%d before they were written"
-                log.error(text, at, begins[tp] - 1, *tp)
-                self.partitions[tp].next = begins[tp]  # what was taken before is still in hand
-            else:
-                text = (
-                    "position %d is beyond the end (%d) of %s/%d: the topic was cut or made anew;"
-                    " beginning again at %d, no object is overwritten"
-                )
-                log.error(text, at, ends[tp], *tp, begins[tp])
-                self.partitions[tp] = Partition(begins[tp])
-        self.rewind()
-
-    def rewind(self) -> None:
-        """Fetch from where taking stopped; the client forgets what it had fetched and not yet
-        given out when it is paused, or raises."""
-        for tp, partition in self.partitions.items():
-            self.consumer.seek(tp, partition.next)
-
-    def keep_membership(self) -> None:
-        """Poll without taking anything: heartbeats go on, and rebalances are answered."""
-        self.consumer.pause(*self.partitions)
-        batches = self.poll(0, 1)
-        self.consumer.resume(*self.partitions)
-        self.rewind()
-        self.take(batches)
-
     def take(self, batches: dict[TopicPartition, list[Any]]) -> None:
-        items: list[Item] = []
-        for tp, batch in batches.items():
-            partition = self.partitions.get(tp)
-            if partition is None:
-                continue  # its position is settled first, and then this is fetched again
-            for record in batch:
-                partition.open[record.offset] = None
-                items.append((partition, record))
-            partition.next = batch[-1].offset + 1
-        if items:
-            self.uploader.submit(items)
+        """Put records in line. What came of a partition before it is settled comes again."""
+        for tp in batches.keys() & self.partitions.keys():
+            partition = self.partitions[tp]
+            partition.line.extend(Taken(r) for r in batches[tp] if not config.is_marker(r))
+            partition.position = batches[tp][-1].offset + 1
+            partition.moved_at, partition.stands = self.clock(), ""
+        for tp, partition in self.partitions.items():  # past markers, and what was compacted
+            partition.position = max(partition.position, self.consumer.position(tp))
 
-    def collect(self, timeout: float) -> None:
-        """Book what the uploader has finished; waits `timeout` seconds at most for the first."""
-        try:
-            while True:
-                partition, record, outcome = self.uploader.finished.get(timeout > 0, timeout)
-                timeout = 0
-                self.book(partition, record, outcome)
-        except queue.Empty:
-            pass
+    def wait_for_first(self, seconds: float) -> None:
+        """Wait until the first in a line is done; `seconds` at most."""
+        firsts = [p.line[0] for p in self.partitions.values() if p.line]
+        attempts = [taken.attempt for taken in firsts if taken.is_under_way()]
+        if not attempts:  # a hold pauses, or the broker takes no commit
+            attempts, seconds = [Future()], min(seconds, 0.02)
+        self.wait(attempts, seconds, return_when=concurrent.futures.FIRST_COMPLETED)
 
-    def book(self, partition: Partition, record: Any, outcome: Any) -> None:
-        if isinstance(outcome, Exception):
-            self.failure = self.failure or outcome
-            return
-        if partition.revoked:  # another assignment of it books this record again
-            return
-        partition.open.pop(record.offset, None)
-        self.stats.last_success = time.time()
+    def book(self) -> None:
+        """Take what is done from the front of each line, and see what failed, there or behind.
+
+        Raises Failure (a Conflict, say) and leaves that record in line: it is not committed.
+        """
+        for tp, partition in self.partitions.items():
+            for taken in list(partition.line):
+                if taken.attempt is None or not taken.attempt.done():
+                    continue
+                if error := taken.attempt.exception():
+                    self.fail(tp, partition, taken, error)
+                    continue
+                if partition.hold is taken:
+                    self.release(tp, partition)
+                if taken is partition.line[0]:
+                    partition.line.popleft()
+                    self.finish(taken.record, taken.attempt.result())
+        self.notices.report(self.holds())
+
+    def finish(self, record: Any, outcome: str) -> None:
+        """Count a record that is done, and print its line."""
         extra = about(record)
+        self.stats.last_success = time.time()
+        self.at_once += 1 if self.link_is_slow else WINDOW
+        if self.at_once >= self.settings.s3_max_concurrency:
+            self.at_once, self.link_is_slow = WINDOW, False
         if outcome == "dead":
             self.stats.dead_letters += 1
-            log.warning(
-                "dead letter: %s/%d/%d (key %s) to %s: %s",
-                *extra.values(),
-                self.settings.kafka_dlq_topic,
-                flaw(record.value),
-                extra=extra,
-            )
+            text = "dead letter: %s/%d/%d (key %s) to %s: %s"
+            dlq, reason = self.settings.kafka_dlq_topic, flaw(record.value)
+            log.warning(text, *extra.values(), dlq, reason, extra=extra)
             return
         self.stats.written += 1
         self.stats.replays += outcome == "replayed"
         self.stats.bytes += len(record.value)
         name = object_name(self.settings.s3_prefix, record.partition, record.offset)
-        records.info("Upload Successfully: s3://%s/%s", self.settings.s3_bucket, name, extra=extra)
+        output.info("Upload Successfully: s3://%s/%s", self.settings.s3_bucket, name, extra=extra)
 
-    def ready(self) -> dict[TopicPartition, OffsetAndMetadata]:
-        positions = {tp: p.done() for tp, p in self.partitions.items() if p.done() != p.committed}
-        return {tp: _position(offset) for tp, offset in positions.items()}
+    def begin(self) -> None:
+        """Begin attempts: of those that hold a partition, when they are due, and of what waits in
+        the others. While everything fails there is one at a time."""
+        now = self.clock()
+        holds = [p.hold for p in self.partitions.values() if p.hold]
+        due = [t for t in holds if t.attempt is None and now >= t.retry_at]
+        batch = sorted(due, key=lambda taken: taken.retry_at)
+        for partition in self.partitions.values():
+            if not partition.hold:
+                batch += [taken for taken in partition.line if taken.attempt is None]
+        if batch and self.at_once < WINDOW:
+            lines = chain.from_iterable(partition.line for partition in self.partitions.values())
+            under_way = sum(taken.is_under_way() for taken in lines)
+            batch = batch[: max(0, self.at_once - under_way)]
+        if batch:
+            self.uploader.start(batch)
 
     def commit(self, *, now: bool = False) -> None:
-        """Commit what is done, every COMMIT_EVERY seconds or BATCH records."""
-        ready = self.ready()
-        if not ready:
+        """Commit what is done, every COMMIT_EVERY seconds or POLL_ROOM records."""
+        ready = {tp: p for tp, p in self.partitions.items() if p.done() != p.committed}
+        count = sum(p.done() - p.committed for p in ready.values())
+        due = now or count >= POLL_ROOM or self.clock() - self.committed_at >= COMMIT_EVERY
+        if ready and due and self.verify():
+            positions = {tp: p.to_commit() for tp, p in ready.items()}
+            if self.send_commit(positions):
+                self.committed_at = self.clock()
+                self.stats.commits += 1
+                for tp, partition in ready.items():
+                    partition.committed = positions[tp].offset
+
+    def send_commit(self, positions: dict[TopicPartition, OffsetAndMetadata]) -> bool:
+        """Whether it was acknowledged. Should the group have moved on, the next poll says so."""
+        try:
+            self.consumer.commit(positions)
+        except KafkaError as error:
+            raise_unless_transient(error)
+            self.suspect()
+            return False
+        self.last_committed |= {tp: at.offset for tp, at in positions.items()}
+        return True
+
+    # -- Holding: while S3, or the dead letter topic, fails
+
+    def fail(
+        self, tp: TopicPartition, partition: Partition, taken: Taken, error: BaseException
+    ) -> None:
+        """An attempt failed. The first to fail in a partition is its hold: it is tried alone, with
+        growing pauses. Raises an error that is a Failure."""
+        if isinstance(error, Failure):
+            raise error
+        now = self.clock()
+        taken.attempt, taken.error = None, error
+        self.stats.retries += 1
+        if partition.hold is None:
+            partition.hold, taken.failed_since, taken.pause = taken, now, 0.05
+            self.stats.holds += 1
+            self.at_once, self.link_is_slow = 1, isinstance(error, TimeoutError)
+            for waiting in chain.from_iterable(p.line for p in self.partitions.values()):
+                if waiting.attempt and waiting.attempt.cancel():  # it had no slot yet
+                    waiting.attempt = None
+        if partition.hold is taken:
+            self.stats.holding[tp.partition] = code_of(error)
+            taken.retry_at = now + taken.pause * random.uniform(0.5, 1)
+            taken.pause = min(2 * taken.pause, MAX_PAUSE)
+
+    def release(self, tp: TopicPartition, partition: Partition) -> None:
+        """A hold is over; the others are tried at once."""
+        partition.hold = None
+        self.stats.holding.pop(tp.partition, None)
+        for other in self.partitions.values():
+            if other.hold:
+                other.hold.retry_at = self.clock()
+
+    def holds(self) -> dict[str, config.Problem]:
+        """What fails, and where it holds; the key says what would be so if it did not."""
+        found: dict[str, config.Problem] = {}
+        holds = [partition.hold for partition in self.partitions.values() if partition.hold]
+        for taken in sorted(holds, key=lambda taken: taken.failed_since):
+            record, error = taken.record, taken.error
+            assert error
+            dead = flaw(record.value)
+            what = f"topic {self.settings.kafka_dlq_topic}" if dead else "S3"
+            place = f"{record.topic}/{record.partition}/{record.offset}: {explain(error)}"
+            text = f"{what} failing, holding at {place}; nothing is skipped"
+            if earlier := found.get(f"{what} answers"):
+                text = f"{earlier.text}; also at {place}"
+            known = isinstance(error, EXPECTED)
+            problem = config.Problem(text, about(record), None if known else error)
+            found[f"{what} answers"] = problem
+        return found
+
+    # -- Positions
+
+    def suspect(self) -> None:
+        """The topic, or the group's positions, may not be what they were: look before the next
+        commit."""
+        self.verified = False
+        self.look_wanted_at = self.clock()
+
+    def positions(self) -> Look | None:
+        """What the group has committed, when that was asked since it was wanted."""
+        look = self.monitor.latest
+        fresh = look and look.positions and look.asked_at >= self.look_wanted_at
+        return look if fresh else None
+
+    def verify(self) -> bool:
+        """Whether the group's positions are known to be those that this process committed.
+
+        A topic that was deleted, made anew and filled past our position would be read on as if
+        nothing had happened; its group's positions are gone. Raises Failure then.
+        """
+        if self.verified:
+            return True
+        look = self.positions()
+        if look is None:
+            return False
+        for tp in self.partitions:
+            ours, there = self.last_committed.get(tp), look.committed.get(tp)
+            if ours is not None and (there is None or there.offset < ours):
+                raise Failure(
+                    f"the position {ours} that group {self.settings.kafka_group_id} had committed"
+                    f" on {tp.topic}/{tp.partition} is {'gone' if there is None else there.offset}:"
+                    " was the topic deleted and made anew? Nothing of it was committed: set"
+                    " another S3_PREFIX and start again"
+                )
+        self.verified = True
+        return True
+
+    def wait_for_look(self, seconds: float) -> None:
+        """Wait until a commit can be verified; `seconds` at most."""
+        deadline = self.clock() + seconds
+        while not self.verified and not self.positions() and self.clock() < deadline:
+            self.wait([Future()], 0.02)
+
+    def unsettled(self) -> set[TopicPartition]:
+        return self.consumer.assignment() - self.partitions.keys()
+
+    def settle(self, new: set[TopicPartition]) -> None:
+        """Give newly assigned partitions, paused since, their position. Where the group has none
+        it is committed before anything is fetched: a death before the first commit skips nothing.
+        """
+        look = self.positions()
+        if look is None:
+            return  # and again after the next poll
+        self.verify()
+        begun = {tp: at.offset for tp, at in look.committed.items()}
+        if pins := self.first_positions(look):
+            if not self.send_commit({tp: OffsetAndMetadata(at, "") for tp, at in pins.items()}):
+                return
+            begun |= pins
+        for tp in sorted(new & begun.keys()):
+            self.consumer.seek(tp, begun[tp])
+            self.consumer.resume(tp)
+            partition = Partition(begun[tp], begun[tp], moved_at=self.clock())
+            if tp in look.committed:
+                partition.lost = look.committed[tp].metadata.removeprefix("lost ")
+                text = "%s/%d: the group goes on at offset %d; what is before was done earlier"
+                log.info(text, *tp, begun[tp])
+            self.partitions[tp] = partition
+            self.last_committed[tp] = begun[tp]
+        if new - begun.keys():  # their leader does not answer, or is not known yet
+            self.look_wanted_at = self.clock()
+
+    def first_positions(self, look: Look) -> dict[TopicPartition, int]:
+        """Where the group begins the partitions that it has no position on, those of other
+        members too: who comes later would else take them for partitions added since. Those are
+        begun at their beginning, whatever the rule: `latest` would skip their records."""
+        rule = self.settings.kafka_auto_offset_reset
+        if rule == "latest" and look.committed:
+            rule = "a partition added since the group began"
+        ends = look.ends if rule == "latest" else look.begins
+        pins = {tp: at for tp, at in ends.items() if tp not in look.committed}
+        for tp, at in sorted(pins.items()):
+            text = "group %s begins %s/%d at offset %d (%s)"
+            log.info(text, self.settings.kafka_group_id, *tp, at, rule)
+        return pins
+
+    def find_range(self) -> None:
+        """A position that the topic does not have: say what is lost, and go on after it."""
+        look = self.positions()
+        if look is None or not self.verify():
             return
-        count = sum(at.offset - self.partitions[tp].committed for tp, at in ready.items())
-        if now or count >= BATCH or self.clock() - self.committed_at >= COMMIT_EVERY:
-            try:
-                self.consumer.commit(ready)
-            except KafkaError as error:
-                if not _passing(error):
-                    raise
-                return  # should the group have moved on, the next poll says what is ours
-            self.committed_at = self.clock()
-            self.stats.commits += 1
-            for tp, at in ready.items():
-                self.partitions[tp].committed = at.offset
+        for tp, partition in list(self.partitions.items()):
+            if tp not in look.ends:
+                continue
+            at, begin, end = partition.position, look.begins[tp], look.ends[tp]
+            if at < begin:
+                text = "LOST: retention removed offsets %d to %d of %s/%d before they were written"
+                log.error(text, at, begin - 1, *tp)
+                partition.lost = add_range(partition.lost, at, begin - 1)
+                partition.position = begin  # what was taken before is still in line
+            elif at > end:
+                text = (
+                    "position %d is beyond the end (%d) of %s/%d: the topic was cut or made anew;"
+                    " beginning again at %d, no object is overwritten"
+                )
+                log.error(text, at, end, *tp, begin)
+                self.partitions[tp] = Partition(begin, begin, moved_at=self.clock())
+                self.last_committed.pop(tp, None)
+        self.range_unknown = False
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Fetch from where taking stopped: the client forgets what it has fetched and not given
+        out when a partition is paused, or when it raises."""
+        for tp, partition in self.partitions.items():
+            self.consumer.seek(tp, partition.position)
+
+    def rest_where_nothing_comes(self) -> None:
+        """Let a partition rest that has records and gives none: the client asks for them without
+        a pause, and only logs why it gets none."""
+        now, look = self.clock(), self.monitor.latest
+        for tp, partition in self.partitions.items():
+            if partition.rests_until is not None:
+                if now >= partition.rests_until:
+                    partition.rests_until, partition.moved_at = None, now - STANDS_AFTER + 0.5
+                    self.consumer.resume(tp)
+                    self.consumer.seek(tp, partition.position)
+            elif look is None or look.ends.get(tp, math.inf) <= partition.position:
+                partition.moved_at, partition.stands = now, ""
+            elif now - partition.moved_at > STANDS_AFTER:
+                partition.rests_until = now + 4
+                self.consumer.pause(tp)
+                partition.stands = (
+                    f"the broker gives no record, though there are some up to"
+                    f" {look.ends.get(tp, '?')}: it refuses the fetch, or has no leader for it"
+                    f"{config.last_words}; see the topic's compression.type and KAFKA_API_VERSION"
+                )
+
+    # -- The group
+
+    def keep_membership(self) -> None:
+        """Poll without taking anything: heartbeats go on, and rebalances are answered."""
+        self.consumer.pause(*self.partitions)
+        self.poll(0, 1)
+        self.consumer.resume(*(tp for tp, p in self.partitions.items() if p.rests_until is None))
+        self.rewind()
+        for partition in self.partitions.values():
+            partition.moved_at = self.clock()  # nothing was asked for
 
     def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
         """Finish what is under way and commit it; without waiting for the broker, which
-        kafka-python 3 forbids in here: the commit travels ahead of what gives the partitions up."""
-        deadline = self.clock() + 2
-        while self.busy() and not self.stats.holding and self.clock() < deadline:
-            self.collect(0.1)
-        if ready := self.ready():
-            self.consumer.commit_async(ready)
-        for partition in self.partitions.values():
-            partition.revoked = True
+        kafka-python 3 forbids in here: the commit travels ahead of what gives them up."""
+        with suppress(Failure):  # whoever has the partition next meets it again
+            self.drain(2)
+            self.wait_for_look(1)
+            if self.verify() and self.partitions:
+                positions = {tp: p.to_commit() for tp, p in self.partitions.items()}
+                self.consumer.commit_async(positions)
+                self.last_committed |= {tp: at.offset for tp, at in positions.items()}
         self.partitions.clear()
-        self.fresh.clear()
+        self.stats.holding.clear()
         # kafka-python 3 forgets a join that outlasts the poll it began in, unless it is asked for.
         self.consumer._coordinator.request_rejoin()
 
     def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
-        self.fresh = set(assigned)
-        self.consumer.pause(*self.fresh)
-        log.info("assigned: %s", ", ".join(f"{t}/{p}" for t, p in sorted(self.fresh)) or "nothing")
+        self.consumer.pause(*assigned)
+        for tp in assigned:
+            self.consumer.seek(tp, 0)  # else the client looks for a position of its own
+        self.waits_since = self.clock()
+        self.suspect()
+        log.info("assigned: %s", ", ".join(f"{t}/{p}" for t, p in sorted(assigned)) or "nothing")
 
-    def busy(self) -> bool:
-        return any(partition.open for partition in self.partitions.values())
+    def waits_for_group(self, now: float) -> str:
+        """Why there is no partition to take records from; "" when there is one."""
+        group, topic = self.settings.kafka_group_id, self.settings.kafka_topic
+        if now - self.waits_since < 2:
+            return ""
+        if now - self.polled_at < 1:
+            return (
+                f"no partition of {topic} is assigned: group {group} has more consumers than the"
+                " topic has partitions; this one waits until another leaves"
+            )
+        return (
+            f"waiting for group {group} to give out its partitions: every member has to join again,"
+            f" or to be missed, {SESSION_MS / 1000:.0f} s after a kill -9"
+        )
 
-    def lag(self) -> dict[int, int]:
-        """Records not yet done, by partition."""
-        ends = {tp: self.consumer.highwater(tp) for tp in self.partitions}
-        if self.stats.holding and ends:  # nothing is fetched, which would tell the end: ask
-            with suppress(KafkaError):
-                ends = self.consumer.end_offsets(list(ends))
-        return {
-            tp.partition: max(0, (ends[tp] or 0) - p.done()) for tp, p in self.partitions.items()
-        }
+    def drain(self, seconds: float) -> None:
+        """Finish what is under way; at once while it fails. Raises Failure."""
+        deadline = self.clock() + seconds
+        while self.under_way() and not self.stats.holding and self.clock() < deadline:
+            self.wait_for_first(0.1)
+            self.book()
+            self.begin()
 
 
-def _position(offset: int) -> OffsetAndMetadata:
-    # kafka-python 3 has a third field, with a default; kafka-python-ng has two.
-    return OffsetAndMetadata(offset, "")
+def add_range(ranges: str, first: int, last: int) -> str:
+    """`ranges` ("3-9,20-20") and one more; the oldest are merged where it grows too long for the
+    metadata of a commit (4,096 bytes)."""
+    parts = [part for part in ranges.split(",") if part] + [f"{first}-{last}"]
+    while len(",".join(parts)) > 4000:
+        parts[:2] = [f"{parts[0].split('-')[0]}-{parts[1].split('-')[1]}"]
+    return ",".join(parts)
 
 
-def _passing(error: KafkaError) -> bool:
-    """Whether an error ends by itself: the broker's, or the group's that has moved on."""
-    moved = (CommitFailedError, IllegalGenerationError, RebalanceInProgressError)
-    return error.retriable or isinstance(error, (*moved, UnknownMemberIdError, KafkaTimeoutError))
+def raise_unless_transient(error: KafkaError) -> None:
+    """Errors that end by themselves: the broker's, or the group's that has moved on."""
+    if not (error.retriable or isinstance(error, TRANSIENT)):
+        raise error
 
 
-def run(sink: Sink, stop: Stop) -> None:
+def run(sink: Sink, stop: config.Stop) -> None:
     """Step until `stop` or the limit; then finish what is under way, commit and leave the group.
 
     Raises Failure.
     """
-    stats, shown, before = sink.stats, sink.clock(), 0
-    looked = shown
-    every = 1 if sys.stderr.isatty() else 10
+    stats = sink.stats
+    stop.under_way = lambda: f"{sink.under_way()} uploads under way"
     try:
         while not stop.requested and stats.done < sink.limit:
+            stop.check()
             sink.step()
-            now = sink.clock()
-            if now - looked >= 1:
-                stats.lag, looked = sink.lag(), now
-            if now - shown >= every:
-                status(
-                    log,
-                    "written %d | %.1f/s | lag %d | retries %d | dead-lettered %d%s",
-                    stats.written,
-                    (stats.written - before) / (now - shown),
-                    sum(stats.lag.values()),
-                    stats.retries,
-                    stats.dead_letters,
-                    f" | HOLDING: {stats.reason}" if stats.holding else "",
-                )
-                shown, before = now, stats.written
+        sink.drain(2)
+    except config.Unreadable:
+        sink.drain(2)  # what stands in front of it
+        raise
     finally:
-        deadline = sink.clock() + 2
-        while sink.busy() and not stats.holding and sink.clock() < deadline and not sink.failure:
-            sink.collect(0.1)
+        sink.wait_for_look(1)
         sink.commit(now=True)
-        logging.getLogger("kafka").setLevel(logging.CRITICAL)  # it calls every end a failure
-        sink.consumer.close(autocommit=False)
-        status(log, "written %d, dead-lettered %d", stats.written, stats.dead_letters)
+        with suppress(TimeoutError):
+            config.background(sink.consumer.close, False).result(3)
+        log.info("written %d, dead-lettered %d", stats.written, stats.dead_letters)
 
 
-# ------------------------------------------------------------------------------------------ start
+# ----------------------------------------------------------------------------------------- start
 
 
-def check_bucket(bucket: Bucket) -> bool:
+def on_loop(coroutine: Coroutine[Any, Any, Any], seconds: float) -> Any:
+    """The result of a coroutine on the file system's event loop. Raises TimeoutError."""
+    return asyncio.run_coroutine_threadsafe(coroutine, fsspec.asyn.get_loop()).result(seconds)
+
+
+def check_bucket(bucket: Bucket) -> None:
     """Check that the bucket is there and can be written to, and print the connection test.
 
-    Returns whether it can be listed. Raises Failure; takes 10 s at most.
+    Raises Failure; takes 15 s at most, beside the time for the credentials.
     """
     settings = bucket.settings
-    where = f"S3_BUCKET={settings.s3_bucket} at {settings.s3_endpoint_url or 'AWS'}"
-    loop = fsspec.asyn.get_loop()
-
-    def call(coroutine: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, loop).result()
-
-    with within(10, f"{where}: no answer within 10 s; is the address right, is the server up?"):
+    where = f"S3_BUCKET={bucket.where}"
+    names, listed = [], True
+    try:
+        on_loop(_slowly(bucket.find_credentials()), CREDENTIALS_WAIT + 1)
+        names = on_loop(bucket.connect(), 10)
+    except TimeoutError:
+        text = f"{where}: no answer within 10 s; is the address right, is the server up?"
+        raise Failure(text) from None
+    except (*EXPECTED, ValueError) as error:  # the last: an address that is none
+        if code_of(error) not in ("AccessDenied", "403"):
+            raise Failure(f"{where}: {explain(error)}") from None
+        listed = False
+    if not listed:  # can it be written to, at least? A condition that cannot hold writes nothing
+        never = {"If-Match": f'"{"0" * 32}"'}
+        name = f"{settings.s3_prefix}.connection-test"
         try:
-            names, listed = call(bucket.open()), True
-        except (ClientError, BotoCoreError, OSError, ValueError) as error:  # the last: bad address
-            if code_of(error) != "AccessDenied":
-                raise Failure(f"{where}: {explain(error)}") from None
-            names, listed = [], False
-            # May it be written to, at least? A condition that cannot hold writes nothing.
-            never = {"If-Match": '"00000000000000000000000000000000"'}
-            name = f"{settings.s3_prefix}.connection-test"
-            try:
-                code, text = call(bucket.put(name, b"", **never))
-            except (ClientError, BotoCoreError, OSError) as failed:
-                raise Failure(f"{where}: {explain(failed)}") from None
-            if code == 403:
-                raise Failure(f"{where}: {explain(S3Error(code, text))}") from None
+            answer = on_loop(bucket.request("PUT", name, b"", **never), 10)
+        except EXPECTED as error:
+            raise Failure(f"{where}: {explain(error)}") from None
+        if answer.status == 403:
+            raise Failure(f"{where}: {explain(answer.error())}")
     shown = [f"{settings.s3_bucket}/{name}" for name in names] or [settings.s3_bucket]
-    records.info("Connection Test:  %s", shown)
+    output.info("Connection Test:  %s", shown)
     if not listed:
         log.warning("%s: listing is not allowed (s3:ListBucket): --audit will not work", where)
-    return listed
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Kafka topic to S3 objects. Settings: README.md.")
     parser.add_argument(
-        "--max-messages", type=positive, default=math.inf, help="end after so many records"
+        "--max-messages", type=config.positive, default=math.inf, help="end after so many records"
     )
     parser.add_argument(
         "--audit", action="store_true", help="compare topic and bucket, and write nothing"
@@ -770,41 +1188,60 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def needs_bucket(values: Mapping[str, Any]) -> str:
+    if values.get("s3_bucket", True):
+        return ""
+    return "S3_BUCKET is not set: name the bucket, in .env or the environment"
+
+
+def consume(settings: Settings, bucket: Bucket, stop: config.Stop, limit: float) -> None:
+    """Make the clients, join the group and run. Raises Failure."""
+    stats = Stats()
+    if settings.metrics_port:
+        from infra.monitoring import exporter
+
+        exporter.serve_consumer(settings, stats)
+    consumer = config.make_consumer(
+        settings,
+        session_timeout_ms=SESSION_MS,
+        heartbeat_interval_ms=2000,
+        request_timeout_ms=max(7000, settings.kafka_request_timeout_ms),  # above the session's
+        retry_backoff_ms=2,  # also how long a poll can be held up by the heartbeat thread
+        max_partition_fetch_bytes=2**18,  # 10 MB less memory, no slower; a larger one comes
+    )
+    sink = Sink(settings, consumer, Uploader(settings, bucket, stats), stats, limit)
+    consumer.partitions_for_topic(settings.kafka_topic)  # else it joins once without any
+    consumer._client.cluster.add_listener(lambda cluster: sink.suspect())
+    consumer.subscribe([settings.kafka_topic], listener=sink)
+    sink.monitor = Monitor(sink, looking(settings), sink.clock)
+    threading.Thread(target=sink.monitor.run, name="monitor", daemon=True).start()
+    try:
+        run(sink, stop)
+    finally:
+        sink.monitor.ended = True
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     try:
-        settings = Settings.from_env(environment({}), required="S3_BUCKET")
-        setup_logging(settings)
-        stop = Stop()
+        settings = Settings.from_env(config.environment({}), needs_bucket)
+        config.setup_logging(settings)
+        stop = config.Stop()
         if args.audit:
             from infra import audit
 
             return audit.run(settings, stop)
-        check_kafka(settings)
+        metadata = config.check_kafka(settings)
+        if settings.kafka_dlq_topic not in metadata.topics:
+            text = "KAFKA_DLQ_TOPIC=%s does not exist: create it; what is no JSON object waits"
+            log.warning(text, settings.kafka_dlq_topic)
         bucket = Bucket(settings)
         check_bucket(bucket)
-        stats = Stats()
-        serve_metrics(settings, METRICS, stats)
-        consumer = KafkaConsumer(
-            **settings.kafka(),
-            group_id=settings.kafka_group_id,
-            enable_auto_commit=False,
-            auto_offset_reset="none",  # a client that chooses for us skips in silence
-            session_timeout_ms=6000,  # the broker's minimum: how long a killed member is missed
-            heartbeat_interval_ms=2000,
-            request_timeout_ms=max(7000, settings.kafka_request_timeout_ms),  # above the session's
-            retry_backoff_ms=2,  # also how long a poll can be held up by the heartbeat thread
-            max_partition_fetch_bytes=2**18,  # 10 MB less memory, no slower; a larger one comes
-        )
-        uploader = Uploader(settings, bucket, stats)
-        sink = Sink(settings, consumer, uploader, stats, args.max_messages)
-        consumer.partitions_for_topic(settings.kafka_topic)  # else it joins once without any
-        consumer.subscribe([settings.kafka_topic], listener=sink)
-        run(sink, stop)
+        consume(settings, bucket, stop, args.max_messages)
     except SettingsError as error:
         print(*error.args, sep="\n", file=sys.stderr)
         return 2
-    except (Failure, KafkaError, ClientError, BotoCoreError, TimeoutError) as error:
+    except (Failure, *EXPECTED) as error:
         log.error("%s", error if isinstance(error, Failure) else explain(error))
         return 1
     return 0

@@ -31,6 +31,7 @@ import pandas as pd
 from kafka import KafkaProducer
 from kafka.errors import KafkaError, KafkaTimeoutError
 
+import config
 from config import (
     Failure,
     Settings,
@@ -39,9 +40,8 @@ from config import (
     check_kafka,
     environment,
     make_producer,
+    output,
     positive,
-    records,
-    serve_metrics,
     setup_logging,
     status,
 )
@@ -55,14 +55,6 @@ Row = tuple[bytes | None, bytes]  # key, value
 
 WHOLE = r"[+-]?[0-9]{1,4000}"  # of more digits Python makes no int
 NUMBER = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
-
-METRICS = (
-    ("kafka_csv_records_sent_total", "Records the broker acknowledged.", "sent"),
-    ("kafka_csv_records_failed_total", "Records the broker refused.", "failed"),
-    ("kafka_csv_rate", "Messages a second asked for; 0: as fast as possible.", "rate"),
-    ("kafka_csv_unacknowledged_records", "Sent and not yet acknowledged.", "waiting"),
-    ("kafka_csv_last_success_timestamp_seconds", "Last acknowledgement.", "last_success"),
-)
 
 
 def read_rows(path: Path, key_column: str = "") -> list[Row]:
@@ -203,8 +195,8 @@ class Sender:
                 about = {"topic": where[0], "partition": where[1], "offset": where[2]}
                 if row[0] is not None:
                     about["key"] = row[0].decode()
-                records.info("[Sent] Topic: %s | Partition: %d | Offset: %d", *where, extra=about)
-                records.info("   Content: %s", row[1].decode(), extra=about)
+                output.info("[Sent] Topic: %s | Partition: %d | Offset: %d", *where, extra=about)
+                output.info("   Content: %s", row[1].decode(), extra=about)
         if self.said > -math.inf:
             log.warning("the broker answers again after %.1f s", self.clock() - self.answered)
             self.said = -math.inf
@@ -275,6 +267,11 @@ def run(sender: Sender, rows: Iterator[Row], limit: float, stop: Stop) -> None:
         sender.look(0.5)
 
 
+def needs_csv(values: Any) -> str:
+    path = values.get("csv_path", config.HERE)
+    return "" if path.exists() else f"CSV_PATH={str(path)!r}: there is no such file"
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="CSV rows to a Kafka topic. Settings: README.md.")
     parser.add_argument("--rate", help="messages a second, 0: no limit (MESSAGES_PER_SECOND)")
@@ -287,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     try:
         flags = {"MESSAGES_PER_SECOND": args.rate, "RANDOM_SEED": args.seed}
-        settings = Settings.from_env(environment(flags), required="CSV_PATH")
+        settings = Settings.from_env(environment(flags), needs_csv)
         setup_logging(settings)
         stop = Stop()
         rows = read_rows(settings.csv_path, settings.kafka_key_column)
@@ -299,8 +296,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         linger = 0 if 0 < rate <= EACH else 5
         producer = make_producer(settings, linger_ms=linger, batch_size=2**17)
         sender = Sender(producer, settings.kafka_topic, rate)
-        stop.farewell = sender.unsaid
-        serve_metrics(settings, METRICS, sender)
+        stop.under_way = lambda: (
+            f"{sender.waiting} records unacknowledged" if sender.waiting else ""
+        )
+        if settings.metrics_port is not None:
+            from infra.monitoring import exporter
+
+            exporter.serve_producer(settings, sender)
         try:
             run(sender, sample(rows, settings.random_seed), args.max_messages, stop)
         finally:

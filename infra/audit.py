@@ -71,8 +71,8 @@ from config import (
     environment,
     explain,
     is_marker,
+    output,
     printable,
-    records,
     setup_logging,
     status,
 )
@@ -111,7 +111,7 @@ class Bucket:
                 f"{self.where}: no answer within 10 s; is the address right, is the server up?"
             ) from None
         names = [f"{self.name}/{entry['Key']}" for entry in page.get("Contents", [])]
-        records.info("Connection Test:  %s", names or [self.name])
+        output.info("Connection Test:  %s", names or [self.name])
 
     async def page(self, **options: Any) -> dict[str, Any]:
         """One page of the listing. Raises Failure."""
@@ -620,7 +620,7 @@ class Proof:
 
     def problem(self, kind: str, text: str, count: int = 1) -> None:
         self.counts[kind] += count
-        records.info("%s: %s", kind.upper(), text)
+        output.info("%s: %s", kind.upper(), text)
 
     def progress(self, text: str, *args: object) -> None:
         if self.stop.requested:
@@ -823,7 +823,7 @@ class Proof:
         wrong = ", ".join(f"{self.counts[kind]} {kind}" for kind in problems)
         counted = (f"{n} {kind}" for kind, n in self.counts.items() if n and kind not in problems)
         counts = ", ".join(counted) or "no records"
-        records.info("%s: %s: %s", self.name, counts, wrong or right)
+        output.info("%s: %s: %s", self.name, counts, wrong or right)
         return 1 if problems else 0
 
 
@@ -845,13 +845,13 @@ class Verify(Proof):
             text = f"{root} is no root of the seals that are here: seals were removed or replaced"
             self.problem("broken", text)
         elif root:
-            records.info("root %s: of %s, found", root, roots[root])
+            output.info("root %s: of %s, found", root, roots[root])
         parts = [part for parts in self.sealed.values() for part in parts]
         await self.read_bucket(sum(part.marks.count(Ledger.RECORD) for part in parts))
         self.report_sealed()
         for partition, chain in sorted(self.chains.items()):
             text = "checked %s/%d: sealed up to offset %d, %s"
-            records.info(text, self.topic, partition, chain.next - 1, chain.time)
+            output.info(text, self.topic, partition, chain.next - 1, chain.time)
         present = list(roots)[-1] if roots else "none"
         return self.verdict(f"every sealed object is there, every byte the same; root {present}")
 
@@ -1048,8 +1048,8 @@ class Audit(Proof):
         chain = self.chains.get(partition)
         if chain and chain.next < ledger.begin:
             text = "not sealed: %s/%d offsets %d to %d, which retention has removed"
-            records.info(text, self.topic, partition, chain.next, ledger.begin - 1)
-        records.info(
+            output.info(text, self.topic, partition, chain.next, ledger.begin - 1)
+        output.info(
             "checked %s/%d: %d records, offsets %d up to the committed position %d (end %d)",
             *(self.topic, partition, len(ledger.marks) - ledger.marks.count(Ledger.UNKNOWN)),
             *(ledger.begin, ledger.until, ledger.end),
@@ -1099,12 +1099,12 @@ class Audit(Proof):
                 await self.bucket.create(key, value)
                 chain.add(key, seal, value)
                 self.heads.append((now, partition, chain.head))
-                records.info("sealed %s/%d: %s", self.topic, partition, key)
+                output.info("sealed %s/%d: %s", self.topic, partition, key)
         await self.look_for_others()
         roots = list(self.roots())
         if roots:
             text = "seal: root %s: keep it where nobody can change it, for --verify --root"
-            records.info(text, roots[-1])
+            output.info(text, roots[-1])
 
     async def look_for_others(self) -> None:
         """Raises Failure when another audit has sealed the same offsets at the same time."""
@@ -1196,8 +1196,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     try:
-        needed = "" if args.folder else "S3_BUCKET"
-        settings = Settings.from_env(environment({}), required=needed)
+        settings = Settings.from_env(environment({}))
         setup_logging(settings)
         stop = Stop()
         if args.verify:

@@ -3,15 +3,20 @@
 set -euo pipefail
 
 readonly USAGE='Usage: infra/demo.sh
-Makes .venv, installs, starts a broker and an S3 server on free ports of this machine, streams rows of
-tests/data/ through both scripts for about 20 seconds, shows and audits the objects, and cleans up.
-Needs Python 3.11 or newer; with Java and Maven the broker is Apache Kafka. Reads no .env and no
-setting of your environment but PATH and PYTHON (the interpreter): your own broker and bucket are
-never touched.'
+Makes .venv, installs, starts a broker and an S3 server on free ports of this
+machine, streams rows of tests/data/ through both scripts for 20 seconds, shows
+and audits the objects, and cleans up. Needs Python 3.11 or newer; with Java and
+Maven the broker is Apache Kafka. Reads no .env and nothing of your environment
+but PATH, PYTHON (the interpreter), VENV (another folder than .venv), JAVA_HOME
+and KAFKA_HOME: your own broker and bucket are never touched.'
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 readonly ROOT
-readonly PY="$ROOT/.venv/bin/python"
+VENV="${VENV:-$ROOT/.venv}"
+[ "${VENV#/}" != "$VENV" ] || VENV="$PWD/$VENV"
+export VENV
+readonly VENV
+readonly PY="$VENV/bin/python"
 readonly ROWS=20
 
 work=""    # temporary folder: the scripts, their logs
@@ -29,16 +34,21 @@ die() {
     exit 1
 }
 
-# Copies stdin to stdout, each line with a name before it.
+# Copies stdin to stdout, each line with a name before it; a record is cut at the terminal's width.
 label() {
-    local line
+    local line width=100000
+    [ ! -t 1 ] || width="$(tput cols 2>/dev/null || echo 80)"
     while IFS= read -r line || [ -n "$line" ]; do
+        case "$line" in
+            '   Content: '*) line="${line:0:$((width - 11))}" ;;
+        esac
         printf '%-8s | %s\n' "$1" "$line"
     done
 }
 
 clean_up() {
     local pid
+    trap '' INT TERM HUP
     for pid in $producer $consumer $stack; do
         kill "$pid" 2>/dev/null || true
     done
@@ -52,7 +62,7 @@ start_stack() {
     "$PY" "$ROOT/infra/local_stack.py" --port 0 --s3-port 0 > >(tee "$log" | label stack) 2>&1 &
     stack=$!
     until grep -q '^Ready' "$log"; do
-        kill -0 "$stack" 2>/dev/null || die "the local stack did not start"
+        kill -0 "$stack" 2>/dev/null || die "the local stack did not start; it says why above"
         sleep 0.2
     done
 }
@@ -81,14 +91,16 @@ with_settings() {
 
 # The scripts run from a copy: a .env stands beside the originals, not beside these.
 stream_rows() {
+    mkdir "$work/infra"
     cp "$ROOT"/config.py "$ROOT"/kafka_producer.py "$ROOT"/kafka_consumer.py "$work"
+    cp "$ROOT"/infra/audit.py "$work/infra"
     with_settings "$work/kafka_consumer.py" --max-messages "$ROWS" > >(label consumer) 2>&1 &
     consumer=$!
     with_settings "$work/kafka_producer.py" --max-messages "$ROWS" > >(label producer) 2>&1 &
     producer=$!
-    wait "$producer" || die "the producer failed: exit code $?"
+    wait "$producer" || die "the producer failed, exit code $?; it says why above"
     producer=""
-    wait "$consumer" || die "the consumer failed: exit code $?"
+    wait "$consumer" || die "the consumer failed, exit code $?; it says why above"
     consumer=""
 }
 
@@ -112,11 +124,12 @@ main() {
         *) printf '%s\n' "$USAGE" >&2 && return 2 ;;
     esac
     trap clean_up EXIT
+    trap 'exit 129' HUP
     trap 'exit 130' INT
     trap 'exit 143' TERM
     work="$(mktemp -d)"
 
-    say "Installing into .venv (the first time takes a minute)"
+    say "Installing into ${VENV#"$ROOT/"} (the first time takes a minute)"
     "$ROOT/infra/venv.sh" local
     say "Starting Kafka and S3 on this machine"
     start_stack
@@ -128,12 +141,10 @@ main() {
     say "Audit: every offset against its object"
     (with_settings "$work/kafka_consumer.py" --audit)
     say "Done; broker, bucket and data go now. To go on, with a terminal each:"
-    cat <<'END'
-    cp -n .env.example .env
-    .venv/bin/python infra/local_stack.py     # first: Kafka and S3, until Ctrl-C
-    .venv/bin/python kafka_consumer.py        # second
-    .venv/bin/python kafka_producer.py        # third
-END
+    printf '    %s\n' "cp -n .env.example .env" \
+        "${PY#"$ROOT/"} infra/local_stack.py  # first: Kafka and S3, until Ctrl-C" \
+        "${PY#"$ROOT/"} kafka_consumer.py     # second" \
+        "${PY#"$ROOT/"} kafka_producer.py     # third"
 }
 
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then

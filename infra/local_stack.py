@@ -3,34 +3,42 @@
 
 Run in the foreground it gives the addresses that .env.example names: Apache Kafka 3.3.1 with
 ZooKeeper where Java is found, else the small broker inside the confluent-kafka wheel; versitygw
-where it is found, else moto's server. Ctrl-C stops both and removes their data.
+where it is found, else moto's server. Ctrl-C stops both and removes their data, or leaves it in
+the folder of --keep for the next time.
 """
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while the packages below are loading ends it without a word
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
-import asyncio
-import ctypes
+import contextlib
+import fcntl
 import functools
 import importlib.util
 import logging
 import os
 import random
+import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NoReturn, TypeVar
 
 import botocore.config
 import botocore.session
+from botocore.exceptions import BotoCoreError, ClientError
 from dotenv import dotenv_values
+from embedded_kafka import EmbeddedKafka  # type: ignore[import-not-found]  # beside this file
 from kafka.admin import KafkaAdminClient, NewTopic
 from kafka.errors import KafkaError, TopicAlreadyExistsError
 
@@ -38,6 +46,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LOCAL = ROOT / ".local"  # what is fetched or built; ignored by git
 EXAMPLE = dotenv_values(ROOT / ".env.example", interpolate=False)
 API_VERSION = (2, 8, 1)
+T = TypeVar("T")
 
 # Linux: the kernel kills the child when the thread that started it dies, however it dies. Set by
 # the child itself, since code between fork and exec is unsafe in a process with threads.
@@ -106,8 +115,11 @@ def end(process: subprocess.Popen | None, timeout: float = 20) -> None:
         process.wait()
 
 
-def _tail(log: Path, lines: int = 20) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:]) if log.exists() else ""
+def tail(log: Path, lines: int = 20) -> str:
+    """The last lines of a log; nothing where there is none."""
+    if not log.exists():
+        return ""
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
 
 
 def _wait_listening(process: subprocess.Popen, port: int, log: Path, timeout: float = 60) -> None:
@@ -120,7 +132,7 @@ def _wait_listening(process: subprocess.Popen, port: int, log: Path, timeout: fl
         except OSError:
             if process.poll() is not None or time.monotonic() > deadline:
                 end(process)
-                raise StackError(f"{log.stem} did not start; its log ends:\n{_tail(log)}") from None
+                raise StackError(f"{log.stem} did not start; its log ends:\n{tail(log)}") from None
             time.sleep(0.02)
 
 
@@ -159,44 +171,93 @@ def kafka_home() -> Path:
                 check=False,
             )
             if done.returncode != 0:
-                raise StackError(f"Maven could not fetch Apache Kafka: {done.stdout.strip()[:300]}")
+                why = (done.stdout.strip() or "it said nothing").splitlines()[0][:200]
+                raise StackError(f"Maven could not fetch Apache Kafka: {why}")
             if not (home / "libs").exists():  # another run may have been quicker
                 Path(part, "libs").rename(home / "libs")
     return home
 
 
-class Kafka:
-    """Apache Kafka 3.3.1 and ZooKeeper as two child processes on the loopback, data under `folder`.
+def kafka_jars() -> str:
+    """The class path of Kafka's programs."""
+    return f"{kafka_home()}/libs/*"
 
-    The listener CLIENT is for the scripts, at `port`; INTERNAL is always plaintext, for the broker
-    itself and for the methods here. So a test can secure CLIENT alone, by overriding
-    `listener.security.protocol.map`.
-    """
 
-    def __init__(
-        self,
-        folder: Path,
-        port: int = 0,
-        *,
-        zookeeper_port: int = 0,
-        overrides: Mapping[str, str] | None = None,
-    ):
+def start_jvm(
+    main_class: str, properties: Mapping[str, str], log: Path, *flags: str
+) -> subprocess.Popen:
+    """Start a server of Kafka's jars with `properties` as its file, which stands beside its log."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log4j = log.with_name("log4j.properties")
+    log4j.write_text(_LOG4J)
+    config = log.with_suffix(".properties")
+    config.write_text("".join(f"{key}={value}\n" for key, value in properties.items()))
+    command = [java(), *flags, f"-Dlog4j.configuration=file:{log4j}", "-cp", kafka_jars()]
+    return spawn([*command, main_class, str(config)], log)
+
+
+class ZooKeeper:
+    """ZooKeeper as a child process on the loopback; its data and log are under `folder`."""
+
+    def __init__(self, folder: Path, port: int = 0):
         self.folder = Path(folder)
         self.port = port or free_port()
-        self.zookeeper_port = zookeeper_port or free_port()
+        self.log = self.folder / "zookeeper.log"
+        self.process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        """Start it; return when it listens."""
+        properties = {
+            "dataDir": str(self.folder / "zookeeper"),
+            "clientPort": str(self.port),
+            "clientPortAddress": "127.0.0.1",
+            "admin.enableServer": "false",
+            "4lw.commands.whitelist": "dump",
+            "maxClientCnxns": "0",
+        }
+        main_class = "org.apache.zookeeper.server.quorum.QuorumPeerMain"
+        self.process = start_jvm(main_class, properties, self.log, "-Xmx128M")
+        _wait_listening(self.process, self.port, self.log)
+
+    def stop(self) -> None:
+        """SIGTERM; return when it has ended."""
+        end(self.process)
+
+    def knows(self, broker_id: str) -> bool:
+        """Whether that broker is still registered, or there is no answer yet: a ZooKeeper that has
+        just begun to listen drops the first question."""
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), 1) as connection:
+                connection.sendall(b"dump")
+                answer = connection.makefile("r").read()
+        except OSError:
+            return True
+        return not answer or f"/brokers/ids/{broker_id}\n" in answer
+
+
+class Kafka:
+    """Apache Kafka 3.3.1 and its ZooKeeper on the loopback; data and logs are under `folder`.
+
+    The listener CLIENT is for the scripts, at `port`; INTERNAL is always plaintext, for the broker
+    itself and for the methods here.
+    """
+
+    def __init__(self, folder: Path, port: int = 0):
+        self.folder = Path(folder)
+        self.port = port or free_port()
         self.internal_port = free_port()
         self.bootstrap = f"127.0.0.1:{self.port}"
         self.internal = f"127.0.0.1:{self.internal_port}"
+        self.log = self.folder / "broker.log"
+        self.zookeeper = ZooKeeper(folder)
         self.broker: subprocess.Popen | None = None
-        self.zookeeper: subprocess.Popen | None = None
-        self._java = java()
-        self._libs = kafka_home() / "libs"
+        kafka_jars()  # what is missing is said before anything is started
         self.properties = {
             "broker.id": "0",
             "listeners": f"CLIENT://{self.bootstrap},INTERNAL://{self.internal}",
             "listener.security.protocol.map": "CLIENT:PLAINTEXT,INTERNAL:PLAINTEXT",
             "inter.broker.listener.name": "INTERNAL",
-            "zookeeper.connect": f"127.0.0.1:{self.zookeeper_port}",
+            "zookeeper.connect": f"127.0.0.1:{self.zookeeper.port}",
             "zookeeper.session.timeout.ms": "6000",
             "log.dirs": str(self.folder / "kafka"),
             "auto.create.topics.enable": "false",
@@ -205,23 +266,17 @@ class Kafka:
             "transaction.state.log.replication.factor": "1",
             "transaction.state.log.min.isr": "1",
             "group.initial.rebalance.delay.ms": "0",
+            # With --keep a topic and its groups' positions outlast a holiday.
+            "log.retention.ms": "-1",
+            "offsets.retention.minutes": "5256000",
             # The default, 128 MB, is half of the heap.
             "log.cleaner.dedupe.buffer.size": "16777216",
-            **(overrides or {}),
         }
-
-    @property
-    def pids(self) -> dict[str, int]:
-        """The pids of what runs: broker, zookeeper."""
-        both = {"broker": self.broker, "zookeeper": self.zookeeper}
-        return {name: p.pid for name, p in both.items() if p is not None and p.poll() is None}
 
     def start(self) -> Kafka:
         """Start ZooKeeper and the broker; return when the broker answers. All or nothing."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._write("log4j.properties", _LOG4J)
         try:
-            self._start_zookeeper()
+            self.zookeeper.start()
             self.start_broker()
         except BaseException:
             self.stop()
@@ -231,52 +286,43 @@ class Kafka:
     def stop(self) -> None:
         """Stop the broker, then ZooKeeper."""
         self.stop_broker()
-        end(self.zookeeper)
-
-    def kill(self) -> None:
-        """kill -9 of the broker."""
-        if self.broker is not None:
-            self.broker.kill()
-            self.broker.wait()
+        self.zookeeper.stop()
 
     def start_broker(self, timeout: float = 60) -> None:
         """Start the broker; return when it answers. ZooKeeper refuses a new one until the session
         of one that was killed is over: that takes up to 6 s, and is waited for here."""
-        properties = "".join(f"{key}={value}\n" for key, value in self.properties.items())
-        config, log = self._write("server.properties", properties), self.folder / "broker.log"
         deadline = time.monotonic() + timeout
-        while self._registered() and time.monotonic() < deadline:
+        while self.zookeeper.knows(self.properties["broker.id"]) and time.monotonic() < deadline:
             time.sleep(0.1)
-        self.broker = self._jvm(log, ["-Xmx256M", "-Xms128M"], "kafka.Kafka", config)
-        _wait_listening(self.broker, self.internal_port, log, timeout)
+        self.broker = start_jvm("kafka.Kafka", self.properties, self.log, "-Xmx256M", "-Xms128M")
+        _wait_listening(self.broker, self.internal_port, self.log, timeout)
         while True:  # the port opens before requests are served, and those before a controller is
             try:
-                return self._admin(lambda admin: admin.list_topics())
+                return self.admin(lambda admin: admin.list_topics())
             except (KafkaError, AssertionError) as error:  # the client's own, on a slow machine
                 if self.broker.poll() is not None or time.monotonic() > deadline:
                     end(self.broker)
-                    raise StackError(f"{error}; the broker's log ends:\n{_tail(log)}") from None
+                    raise StackError(f"{error}; the broker's log ends:\n{tail(self.log)}") from None
                 time.sleep(0.05)
 
     def stop_broker(self) -> None:
         """SIGTERM to the broker; return when it has ended."""
         end(self.broker)
 
-    def restart_zookeeper(self) -> None:
-        """Stop ZooKeeper and start it again on the same port and data."""
-        end(self.zookeeper)
-        self._start_zookeeper()
-
     def create_topic(
-        self, name: str, partitions: int = 1, config: Mapping[str, str] | None = None
+        self,
+        name: str,
+        partitions: int = 1,
+        config: Mapping[str, str] | None = None,
+        replicas: int = 1,
     ) -> None:
-        """Create a topic; return when it can be used. A broker that has just started may not have
-        its controller yet, and one that deletes a topic of this name is waited for too."""
-        topic = NewTopic(name, partitions, 1, topic_configs=dict(config or {}))
+        """Create a topic; return when it can be used. TopicAlreadyExistsError where it is there.
+        A broker that has just started may not have its controller yet: that is waited for."""
+        topic = NewTopic(name, partitions, replicas, topic_configs=dict(config or {}))
         deadline, failed = time.monotonic() + 20, False
         while True:
             try:
-                return self._admin(lambda admin: admin.create_topics([topic], timeout_ms=20000))
+                return self.admin(lambda admin: admin.create_topics([topic], timeout_ms=20000))
             except KafkaError as error:
                 exists = isinstance(error, TopicAlreadyExistsError)
                 if exists and failed:
@@ -286,164 +332,13 @@ class Kafka:
                 failed = failed or not exists
                 time.sleep(0.2)
 
-    def delete_topic(self, name: str) -> None:
-        """Delete a topic; return when the broker no longer names it."""
-        self._admin(lambda admin: admin.delete_topics([name], timeout_ms=20000))
-
-    def command(self, main_class: str, *args: str) -> str:
-        """Run one of Kafka's own tools by its class, as bin/*.sh do (kafka-consumer-groups.sh is
-        kafka.admin.ConsumerGroupCommand); its output. CalledProcessError when it fails."""
-        command = [self._java, "-cp", f"{self._libs}/*", main_class, *args]
-        return subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=60
-        ).stdout
-
-    def log_tail(self, lines: int = 30) -> str:
-        """The last lines of the broker's log."""
-        return _tail(self.folder / "broker.log", lines)
-
-    def _start_zookeeper(self) -> None:
-        config = self._write(
-            "zookeeper.properties",
-            f"dataDir={self.folder / 'zookeeper'}\n"
-            f"clientPort={self.zookeeper_port}\n"
-            "clientPortAddress=127.0.0.1\n"
-            "admin.enableServer=false\n"
-            "4lw.commands.whitelist=dump\n"
-            "maxClientCnxns=0\n",
-        )
-        log = self.folder / "zookeeper.log"
-        main_class = "org.apache.zookeeper.server.quorum.QuorumPeerMain"
-        self.zookeeper = self._jvm(log, ["-Xmx128M"], main_class, config)
-        _wait_listening(self.zookeeper, self.zookeeper_port, log)
-
-    def _jvm(self, log: Path, flags: list[str], main_class: str, config: Path) -> subprocess.Popen:
-        log4j = f"-Dlog4j.configuration=file:{self.folder / 'log4j.properties'}"
-        return spawn(
-            [self._java, *flags, log4j, "-cp", f"{self._libs}/*", main_class, str(config)], log
-        )
-
-    def _write(self, name: str, text: str) -> Path:
-        path = self.folder / name
-        path.write_text(text)
-        return path
-
-    def _registered(self) -> bool:
-        """Whether ZooKeeper still knows a broker, or has no answer yet (one that has just begun to
-        listen drops the first question)."""
-        try:
-            with socket.create_connection(("127.0.0.1", self.zookeeper_port), 1) as connection:
-                connection.sendall(b"dump")
-                answer = connection.makefile("rb").read()
-        except OSError:
-            return True
-        return not answer or b"/brokers/ids/" in answer
-
-    def _admin(self, ask: Callable[[KafkaAdminClient], object]) -> None:
+    def admin(self, ask: Callable[[KafkaAdminClient], T]) -> T:
+        """The answer to one question to the broker."""
         admin = KafkaAdminClient(bootstrap_servers=self.internal, api_version=API_VERSION)
         try:
-            ask(admin)
+            return ask(admin)
         finally:
             admin.close()
-
-
-class EmbeddedKafka:
-    """librdkafka's mock broker, out of the confluent-kafka wheel: in memory, in this process.
-
-    For trying things out: it keeps 5 MiB a partition and then drops the oldest. It chooses its own
-    port, so a relay listens at `port`, and the broker is told to name that as its address.
-    """
-
-    def __init__(self, port: int = 0):
-        self.port = port or free_port()
-        self.bootstrap = f"127.0.0.1:{self.port}"
-        self._loop = asyncio.new_event_loop()
-
-    def start(self) -> EmbeddedKafka:
-        """Start the broker and the relay."""
-        lib = self._lib = _librdkafka()
-        error = ctypes.create_string_buffer(512)
-        conf = lib.rd_kafka_conf_new()
-        lib.rd_kafka_conf_set(conf, b"log_level", b"0", error, len(error))
-        self._client = lib.rd_kafka_new(
-            0, conf, error, len(error)
-        )  # a producer; the cluster hangs on it
-        self._cluster = lib.rd_kafka_mock_cluster_new(self._client, 1)
-        if not self._cluster:
-            raise StackError(f"the embedded broker did not start: {error.value.decode()}")
-        address = lib.rd_kafka_mock_cluster_bootstraps(self._cluster).decode()
-        lib.rd_kafka_mock_broker_set_host_port(self._cluster, 1, b"127.0.0.1", self.port)
-        lib.rd_kafka_mock_group_initial_rebalance_delay_ms(self._cluster, 0)
-        host, _, upstream = address.rpartition(":")
-
-        async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            try:
-                far_reader, far_writer = await asyncio.open_connection(host, int(upstream))
-            except OSError:
-                writer.close()
-                return
-            await asyncio.gather(_pump(reader, far_writer), _pump(far_reader, writer))
-
-        self._loop.run_until_complete(asyncio.start_server(relay, "127.0.0.1", self.port))
-        threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        return self
-
-    def create_topic(self, name: str, partitions: int = 1) -> None:
-        """Create a topic."""
-        self._lib.rd_kafka_mock_topic_create(self._cluster, name.encode(), partitions, 1)
-
-    def stop(self) -> None:
-        """Stop the relay and the broker; what the topics held is gone."""
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._lib.rd_kafka_mock_cluster_destroy(self._cluster)
-        self._lib.rd_kafka_destroy(self._client)
-
-
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    try:
-        while data := await reader.read(65536):
-            writer.write(data)
-            await writer.drain()
-    except OSError:
-        pass
-    finally:
-        writer.close()
-
-
-def _librdkafka() -> ctypes.CDLL:
-    """The library inside the confluent-kafka wheel, with the signatures of what is used here."""
-    try:
-        import confluent_kafka
-    except ImportError as error:
-        raise StackError(
-            f"the embedded broker needs confluent-kafka: pip install '.[local]' ({error})"
-        ) from error
-    package = Path(confluent_kafka.__file__).parent
-    found = [
-        *package.parent.glob("confluent_kafka.libs/librdkafka*"),
-        *package.glob(".dylibs/librdkafka*"),
-    ]
-    if not found:
-        raise StackError(
-            f"no librdkafka beside {package}: this build of confluent-kafka has no embedded broker"
-        )
-    lib = ctypes.CDLL(str(found[0]))
-    pointer, integer, text = ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p
-    for name, result, *arguments in (
-        ("rd_kafka_conf_new", pointer),
-        ("rd_kafka_conf_set", integer, pointer, text, text, text, ctypes.c_size_t),
-        ("rd_kafka_new", pointer, integer, pointer, text, ctypes.c_size_t),
-        ("rd_kafka_destroy", None, pointer),
-        ("rd_kafka_mock_cluster_new", pointer, pointer, integer),
-        ("rd_kafka_mock_cluster_destroy", None, pointer),
-        ("rd_kafka_mock_cluster_bootstraps", text, pointer),
-        ("rd_kafka_mock_broker_set_host_port", None, pointer, ctypes.c_int32, text, integer),
-        ("rd_kafka_mock_group_initial_rebalance_delay_ms", None, pointer, ctypes.c_int32),
-        ("rd_kafka_mock_topic_create", integer, pointer, text, integer, integer),
-    ):
-        function = getattr(lib, name)
-        function.restype, function.argtypes = result, arguments
-    return lib
 
 
 def versitygw() -> str | None:
@@ -465,6 +360,7 @@ class S3:
         self.folder = Path(folder)
         self.port = port or free_port()
         self.endpoint = f"http://127.0.0.1:{self.port}"
+        self.log = self.folder / "s3.log"
         self.process: subprocess.Popen | None = None
         self.kind = "versitygw" if versitygw() else "moto"
 
@@ -487,9 +383,8 @@ class S3:
         else:
             command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
         keys = {"ROOT_ACCESS_KEY": self.access_key, "ROOT_SECRET_KEY": self.secret_key}
-        log = self.folder / "s3.log"
-        self.process = spawn(command, log, {**os.environ, **keys})
-        _wait_listening(self.process, self.port, log)
+        self.process = spawn(command, self.log, {**os.environ, **keys})
+        _wait_listening(self.process, self.port, self.log)
         return self
 
     def client(self):
@@ -514,83 +409,252 @@ class S3:
         end(self.process)
 
 
-def start_kafka(folder: Path, port: int) -> tuple[Kafka | EmbeddedKafka, str]:
-    """The real broker, or else the embedded one; and the name of what it is."""
-    try:
-        return Kafka(folder, port).start(), "Apache Kafka 3.3.1 with ZooKeeper"
-    except StackError as error:
-        print(f"No real broker here: {error}. The embedded one takes its place.", file=sys.stderr)
-        return EmbeddedKafka(port).start(), "the embedded broker of confluent-kafka, in memory"
+def port_number(text: str) -> int:
+    """The value of --port and --s3-port."""
+    if not 0 <= int(text) < 65536:
+        raise ValueError
+    return int(text) or free_port()
+
+
+def topic_and_partitions(text: str) -> tuple[str, int]:
+    """The value of --topic."""
+    matched = re.fullmatch(r"([A-Za-z0-9._-]{1,249})(?::([1-9][0-9]{0,2}))?", text)
+    if matched is None or matched[1] in (".", ".."):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not NAME:PARTITIONS, for example stocks:3 (letters, digits, '.', '_' "
+            "and '-'; 1 to 999 partitions)"
+        )
+    return matched[1], int(matched[2] or 1)
+
+
+def bucket_name(text: str) -> str:
+    """The value of --bucket."""
+    if re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", text) is None:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no name for a bucket: 3 to 63 lower-case letters, digits, '.' and '-'"
+        )
+    return text
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-
-    def port(text: str) -> int:
-        if not 0 <= int(text) < 65536:
-            raise ValueError
-        return int(text) or free_port()
-
-    result = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    topics = f"{EXAMPLE['KAFKA_TOPIC']} and {EXAMPLE['KAFKA_DLQ_TOPIC']}"
+    result = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n\n")[0],
+        epilog="--topic and --bucket can be given several times. Kafka's own tools: infra/kafka.sh",
+        allow_abbrev=False,
+    )
     for flag, default, whose in (("--port", 9092, "Kafka's"), ("--s3-port", 9000, "S3's")):
         text = f"{whose} port on localhost; 0: a free one (default: %(default)s)"
-        result.add_argument(flag, type=port, metavar="PORT", default=default, help=text)
+        result.add_argument(flag, type=port_number, metavar="PORT", default=default, help=text)
+    result.add_argument(
+        "--topic",
+        type=topic_and_partitions,
+        metavar="NAME:PARTITIONS",
+        action="append",
+        default=[],
+        help=f"a topic beside {topics}, or another number of partitions for one of them",
+    )
+    result.add_argument(
+        "--bucket",
+        type=bucket_name,
+        metavar="NAME",
+        action="append",
+        default=[],
+        help=f"a bucket beside {EXAMPLE['S3_BUCKET']}",
+    )
+    result.add_argument(
+        "--keep",
+        type=Path,
+        metavar="DIR",
+        help="keep topics, positions and objects in this folder, and go on with what is there",
+    )
     return result
 
 
-def run(port: int, s3_port: int) -> None:
-    """Start both, say where they are, and wait; never returns, ends by an exception."""
-    for flag, number in (("--port", port), ("--s3-port", s3_port)):
-        if not port_is_free(number):
+def check_ports(port: int, s3_port: int) -> None:
+    """StackError, with what to do, for each port that cannot be had."""
+    if port == s3_port:
+        raise StackError(f"--port and --s3-port are both {port}: each server needs its own")
+    problems = [
+        f"port {number} on localhost is in use: stop what listens there, or take another with "
+        f"{flag} and name it in .env: {setting}{number + 1}"
+        for flag, number, setting in (
+            ("--port", port, "KAFKA_BOOTSTRAP_SERVERS=localhost:"),
+            ("--s3-port", s3_port, "S3_ENDPOINT_URL=http://localhost:"),
+        )
+        if not port_is_free(number)
+    ]
+    if problems:
+        raise StackError("\nlocal_stack: ".join(problems))
+
+
+def data_folder(keep: Path | None, cleanup: ExitStack) -> Path:
+    """Where the servers' data goes: the folder of --keep, ours until `cleanup`, or a temporary
+    folder that `cleanup` removes."""
+    if keep is None:
+        return Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="kafka-s3-")))
+    folder = keep.expanduser().resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = cleanup.enter_context((folder / "lock").open("w"))
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise StackError(
+            f"{folder} is in use by another local_stack.py: stop that one, or keep the data "
+            "in another folder"
+        ) from None
+    return folder
+
+
+def start_s3(folder: Path, port: int, keep: bool, cleanup: ExitStack) -> S3:
+    """The S3 server, which `cleanup` stops."""
+    s3 = S3(folder, port)
+    if keep and s3.kind != "versitygw":
+        raise StackError(
+            "--keep needs versitygw, which keeps objects on disk: put it into .local/bin "
+            "(tests/run.sh builds it where Go is installed), or run without --keep"
+        )
+    cleanup.callback(s3.stop)
+    return s3.start()
+
+
+def start_kafka(
+    folder: Path, port: int, keep: bool, cleanup: ExitStack
+) -> tuple[Kafka | EmbeddedKafka, str]:
+    """The real broker, or else the embedded one, which `cleanup` stops; and what it is called."""
+    try:
+        kafka = Kafka(folder, port)
+    except StackError as error:
+        if keep:
             raise StackError(
-                f"port {number} on localhost is in use: stop what listens there or change {flag}"
+                f"--keep needs Apache Kafka, which keeps topics on disk, and {error}: install a "
+                "JDK and Maven, or run without --keep"
+            ) from None
+        print(f"No real broker here: {error}. The embedded one takes its place.", file=sys.stderr)
+        try:
+            embedded = EmbeddedKafka(port).start()
+        except RuntimeError as error:
+            raise StackError(str(error)) from None
+        cleanup.callback(embedded.stop)
+        return embedded, "the embedded broker of confluent-kafka, in memory"
+    cleanup.callback(kafka.stop)
+    return kafka.start(), "Apache Kafka 3.3.1 with ZooKeeper"
+
+
+def create_buckets(s3: S3, names: Iterable[str]) -> list[str]:
+    """Create the buckets that are not there; the names of all that are there then."""
+    client = s3.client()
+    there = {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}
+    for name in set(names) - there:
+        client.create_bucket(Bucket=name)
+    return sorted(there.union(names))
+
+
+def topics_there(kafka: Kafka | EmbeddedKafka) -> dict[str, int]:
+    """The number of partitions of each topic that the broker has; of kept ones too."""
+    if not isinstance(kafka, Kafka):
+        return {}
+    described = kafka.admin(lambda admin: admin.describe_topics())
+    there = {topic["topic"]: len(topic["partitions"]) for topic in described}
+    return {name: there[name] for name in sorted(there) if not name.startswith("__")}
+
+
+def create_topics(kafka: Kafka | EmbeddedKafka, asked_for: Mapping[str, int]) -> Mapping[str, int]:
+    """Create the topics of .env.example and those asked for, where they are not there; every topic
+    that is there then, with its number of partitions."""
+    there = topics_there(kafka)
+    wanted = {EXAMPLE["KAFKA_TOPIC"] or "": 1, EXAMPLE["KAFKA_DLQ_TOPIC"] or "": 1, **asked_for}
+    for name, partitions in wanted.items():
+        if name not in there:
+            kafka.create_topic(name, partitions)
+    for name, partitions in asked_for.items():
+        if there.get(name, partitions) != partitions:
+            print(
+                f"Topic {name} was kept: its partitions are {there[name]}, not {partitions}. To "
+                f"add some: infra/kafka.sh topics --alter --topic {name} --partitions N",
+                file=sys.stderr,
             )
-    with ExitStack() as cleanup:
-        folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="kafka-s3-")))
-        s3 = S3(folder, s3_port)
-        cleanup.callback(s3.stop)
-        s3.start()
-        bucket = EXAMPLE["S3_BUCKET"] or ""
-        s3.create_bucket(bucket)
-        kafka, kind = start_kafka(folder, port)
-        cleanup.callback(kafka.stop)
-        topics = [EXAMPLE["KAFKA_TOPIC"] or "", EXAMPLE["KAFKA_DLQ_TOPIC"] or ""]
-        for topic in topics:
-            kafka.create_topic(topic)
-        print(f"Kafka: localhost:{port} ({kind}), topics {', '.join(topics)}")
-        print(f"S3:    http://localhost:{s3_port} ({s3.kind}), bucket {bucket}")
-        print("Ready. Ctrl-C stops both and removes their data.", flush=True)
-        children = {"S3": s3.process}
-        if isinstance(kafka, Kafka):
-            children |= {"the broker": kafka.broker, "ZooKeeper": kafka.zookeeper}
-        while True:
-            for name, child in children.items():
-                if child is not None and child.poll() is not None:
-                    raise StackError(f"{name} has ended by itself, code {child.returncode}")
-            time.sleep(0.2)
+    return {**wanted, **there}
+
+
+def watch(servers: Mapping[str, tuple[subprocess.Popen, Path]], keep: bool) -> NoReturn:
+    """Wait until one of the servers ends; StackError then, with the end of its log and where all
+    of it is: the data's folder is ours to remove unless `keep`."""
+    while True:
+        for name, (process, log) in servers.items():
+            if process.poll() is not None:
+                ending = tail(log, lines=10)
+                if not keep:
+                    number, copy = tempfile.mkstemp(prefix="kafka-s3-", suffix=f"-{log.name}")
+                    os.close(number)
+                    log = Path(shutil.copy(log, copy))
+                killed = ", killed from outside" if process.returncode == -signal.SIGKILL else ""
+                raise StackError(
+                    f"the log of {name} ends:\n{ending}\nlocal_stack: {name} has ended by itself, "
+                    f"code {process.returncode}{killed}; all of its log is in {log}"
+                )
+        time.sleep(0.2)
+
+
+def run(options: argparse.Namespace, cleanup: ExitStack) -> NoReturn:
+    """Start both, say where they are, and wait; ends by an exception. `cleanup` gets what is to be
+    stopped and removed after it."""
+    check_ports(options.port, options.s3_port)
+    keep = options.keep is not None
+    folder = data_folder(options.keep, cleanup)
+    s3 = start_s3(folder, options.s3_port, keep, cleanup)
+    buckets = create_buckets(s3, [EXAMPLE["S3_BUCKET"] or "", *options.bucket])
+    kafka, kind = start_kafka(folder, options.port, keep, cleanup)
+    topics = create_topics(kafka, dict(options.topic))
+
+    print(f"Kafka: localhost:{options.port} ({kind})")
+    print("       topics", ", ".join(f"{name}:{count}" for name, count in topics.items()))
+    print(f"S3:    http://localhost:{options.s3_port} ({s3.kind}), bucket {', '.join(buckets)}")
+    ending = f"Ctrl-C stops both; their data stays in {folder}"
+    print(f"Ready. {ending if keep else 'Ctrl-C stops both and removes their data.'}", flush=True)
+    servers = {"S3": (s3.process, s3.log)}
+    if isinstance(kafka, Kafka):
+        servers["the broker"] = kafka.broker, kafka.log
+        servers["ZooKeeper"] = kafka.zookeeper.process, kafka.zookeeper.log
+    watch({name: (process, log) for name, (process, log) in servers.items() if process}, keep)
 
 
 def _stop(*_: object) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # the cleaning up is not interrupted
-        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the stack until Ctrl-C or SIGTERM; 0 then, 1 when it cannot run, 2 for wrong usage."""
+    """Run the stack until Ctrl-C, SIGTERM or the terminal is closed; 0 then, 1 when it cannot run,
+    2 for wrong usage."""
     options = parser().parse_args(argv)
     # The client's tries while the broker starts are no news.
     logging.getLogger("kafka").setLevel(logging.CRITICAL)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    signals = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    for number in signals:
         signal.signal(number, _stop)
     try:
-        run(options.port, options.s3_port)
+        with ExitStack() as cleanup:
+            try:
+                run(options, cleanup)
+            finally:
+                for number in signals:  # the cleaning up is not interrupted
+                    signal.signal(number, signal.SIG_IGN)
     except KeyboardInterrupt:
-        print("Stopped.", file=sys.stderr)
-    except StackError as error:
-        print(f"local_stack: {error}", file=sys.stderr)
-        return 1
-    return 0
+        say("Stopped.")
+        return 0
+    except (StackError, KafkaError, BotoCoreError, ClientError) as error:
+        say(f"local_stack: {error}")
+    except OSError as error:
+        place = options.keep or tempfile.gettempdir()
+        say(f"local_stack: {error}. The data goes to {place}; --keep or TMPDIR name another folder")
+    return 1
+
+
+def say(text: str) -> None:
+    """Say it on standard error, if the terminal is still there."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

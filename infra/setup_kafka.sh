@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
-# Makes this machine the Kafka broker that .env points at. See --help and README.md beside this file.
+# Makes this machine the Kafka broker that .env points at. See --help, and README.md beside this.
 set -euo pipefail
 
 readonly NAME=kafka_2.12-3.3.1
 readonly APACHE=https://archive.apache.org/dist/kafka/3.3.1/$NAME.tgz
-readonly CURRENT=/opt/kafka CONF=/etc/kafka SECURE=/etc/kafka/secure UNITS=/etc/systemd/system
+readonly CURRENT=/opt/kafka CONF=/etc/kafka UNITS=/etc/systemd/system
 readonly DATA=/var/lib/kafka ZOOKEEPER_DATA=/var/lib/zookeeper
-readonly KEPT=/usr/local/lib/kafka-setup # this script and its templates, for --check and for reboots
-readonly FILES=(setup_kafka.sh server.properties zookeeper.properties log4j.properties kafka.service zookeeper.service)
-readonly SASL_USER=client
+readonly KEPT=/usr/local/lib/kafka-setup # this script and its templates, for reboots
+readonly WORK=/opt/.kafka-setup          # on the file system of /opt, for a move that is one step
+readonly FILES=(
+    setup_kafka.sh secure_kafka.sh openssl.cnf server.properties zookeeper.properties
+    log4j.properties kafka.service zookeeper.service
+)
 readonly REPLICAS=3                # of every topic in a cluster
 readonly WAIT=120 CLUSTER_WAIT=900 # seconds for this broker, for all three
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]:-$0}")" && pwd)"
@@ -18,18 +21,18 @@ usage() {
     cat <<EOF
 Usage: setup_kafka.sh [options]        as root, on Amazon Linux 2023, Ubuntu or Debian with systemd
 
-Installs Java, Apache Kafka 3.3.1 and ZooKeeper as services that start at boot, makes the topics test
-and error_topic, sends one message through the public address, and prints what to put into .env.
+Installs Java, Apache Kafka 3.3.1 and ZooKeeper as services that start at boot, makes the topics
+test and error_topic, sends one message and reads it back, and prints what to put into .env.
 Run it again at any time: it changes only what differs. Options are remembered.
 
   --public-address A      advertised to clients (default: from the instance metadata service)
   --private-address A     for other brokers and for this machine (default: the same)
   --secure                TLS and passwords on port 9092
   --broker-id N           0 by default; one of its own for each broker of a cluster
-  --zookeeper-connect L   cluster of three: host:2181,host:2181,host:2181, private addresses, the same
-                          on all; a machine named in it runs ZooKeeper
-  --url URL               the distribution from a mirror; URL.sha512 is its checksum
-  KAFKA_TGZ=FILE          (environment) the distribution from a file, with FILE.sha512 beside it
+  --zookeeper-connect L   cluster of three: host:2181,host:2181,host:2181, private addresses, the
+                          same on all; a machine named in it runs ZooKeeper
+  --url U                 the distribution from a mirror or a file of this machine; its checksum is
+                          beside it, named U.sha512
 
   --check                 is it healthy? Says what is not, and what to do; exit code 1 then
   --uninstall             removes all but the data, the certificates and the password
@@ -43,11 +46,15 @@ EOF
 }
 
 say() { echo "$*"; }
-warn() { echo "WARNING: $*" >&2; }
+
+# IN_JOURNAL is set where a unit runs this script: journald takes the priority from the prefix.
+warn() { echo "${IN_JOURNAL:+<4>}WARNING: $*" >&2; }
+
 die() {
-    echo "setup_kafka.sh: $*" >&2
+    echo "${IN_JOURNAL:+<3>}setup_kafka.sh: $*" >&2
     exit 1
 }
+
 wrong_usage() {
     echo "setup_kafka.sh: $*; see --help" >&2
     exit 2
@@ -56,32 +63,14 @@ wrong_usage() {
 # --- Options ---
 
 parse() {
-    ACTION=install PURGE='' URL=''
+    ACTION=install PURGE='' URL='' UNIT=''
     PUBLIC='' PRIVATE='' BROKER_ID='' ZOOKEEPER='' TLS='' # empty: as remembered, else the default
-    local address='^(auto|[A-Za-z0-9.-]+)$' hosts='^[A-Za-z0-9.-]+:[0-9]+(,[A-Za-z0-9.-]+:[0-9]+)*$'
     while (($#)); do
         case $1 in
-            --public-address | --private-address | --broker-id | --zookeeper-connect | --url)
+            --public-address | --private-address | --broker-id | --zookeeper-connect | --url | \
+                --await)
                 (($# > 1)) || wrong_usage "$1 needs a value"
-                ;;&
-            --public-address) PUBLIC=$2 ;;&
-            --private-address) PRIVATE=$2 ;;&
-            --public-address | --private-address)
-                [[ $2 =~ $address ]] || wrong_usage "$1 '$2' is not an address"
-                shift
-                ;;
-            --broker-id)
-                [[ $2 =~ ^[0-9]{1,3}$ ]] || wrong_usage "--broker-id '$2' is not a number from 0 to 999"
-                BROKER_ID=$2
-                shift
-                ;;
-            --zookeeper-connect)
-                [[ $2 =~ $hosts ]] || wrong_usage "--zookeeper-connect '$2' is not host:port,host:port,..."
-                ZOOKEEPER=$2
-                shift
-                ;;
-            --url)
-                URL=$2
+                take "$1" "$2"
                 shift
                 ;;
             --secure) TLS=yes ;;
@@ -95,13 +84,41 @@ parse() {
     [[ -z $PURGE || $ACTION == uninstall ]] || wrong_usage "--purge goes with --uninstall"
 }
 
+# take OPTION VALUE
+take() {
+    local address='^(auto|[A-Za-z0-9.-]+)$'
+    local hosts='^[A-Za-z0-9.-]+:[0-9]+(,[A-Za-z0-9.-]+:[0-9]+)*$'
+    case $1 in
+        --public-address)
+            [[ $2 =~ $address ]] || wrong_usage "$1 '$2' is not an address"
+            PUBLIC=$2
+            ;;
+        --private-address)
+            [[ $2 =~ $address ]] || wrong_usage "$1 '$2' is not an address"
+            PRIVATE=$2
+            ;;
+        --broker-id)
+            [[ $2 =~ ^[0-9]{1,3}$ ]] || wrong_usage "$1 '$2' is not a number from 0 to 999"
+            BROKER_ID=$2
+            ;;
+        --zookeeper-connect)
+            [[ $2 =~ $hosts ]] || wrong_usage "$1 '$2' is not host:port,host:port,..."
+            ZOOKEEPER=$2
+            ;;
+        --url) URL=$2 ;;
+        --await) ACTION=await UNIT=$2 ;;
+    esac
+}
+
 # What an earlier run was told holds for what this run was not.
 recall() {
     local name value
     if [[ -r $CONF/setup.env ]]; then
         while IFS='=' read -r name value; do
             case $name in
-                PUBLIC | PRIVATE | BROKER_ID | ZOOKEEPER | TLS) [[ -n ${!name} ]] || printf -v "$name" %s "$value" ;;
+                PUBLIC | PRIVATE | BROKER_ID | ZOOKEEPER | TLS)
+                    [[ -n ${!name} ]] || printf -v "$name" %s "$value"
+                    ;;
             esac
         done <"$CONF/setup.env"
     fi
@@ -109,8 +126,8 @@ recall() {
 }
 
 remember() {
-    printf '%s\n' "PUBLIC=$PUBLIC" "PRIVATE=$PRIVATE" "BROKER_ID=$BROKER_ID" "ZOOKEEPER=$ZOOKEEPER" "TLS=$TLS" |
-        put "$CONF/setup.env" 644 root:root
+    printf '%s\n' "PUBLIC=$PUBLIC" "PRIVATE=$PRIVATE" "BROKER_ID=$BROKER_ID" \
+        "ZOOKEEPER=$ZOOKEEPER" "TLS=$TLS" | put "$CONF/setup.env" 644 root:root
 }
 
 # --- Small tools ---
@@ -118,26 +135,34 @@ remember() {
 # put FILE MODE OWNER:GROUP [UNIT]: writes stdin to FILE if that changes anything. The mark for UNIT
 # outlives this run, so that a run cut short does not forget the restart.
 put() {
-    local file=$1 mode=$2 owner=$3 unit=${4:-} new
-    new="$WORK/put"
-    cat >"$new"
-    if [[ "$(stat -c '%a %U:%G' "$file" 2>/dev/null)" == "$mode $owner" ]] && cmp -s "$new" "$file"; then
+    local file=$1 mode=$2 owner=$3 unit=${4:-}
+    (umask 077 && cat >"$file.new")
+    if cmp -s "$file.new" "$file" && [[ "$(stat -c '%a %U:%G' "$file")" == "$mode $owner" ]]; then
+        rm "$file.new"
         return
     fi
     [[ -z $unit ]] || touch "$CONF/.restart-$unit"
-    install -D -m "$mode" -o "${owner%:*}" -g "${owner#*:}" "$new" "$file.new"
+    chown "$owner" "$file.new"
+    chmod "$mode" "$file.new"
     mv "$file.new" "$file"
     say "wrote $file"
 }
 
-# One of Kafka's command line tools, small enough to run beside the broker and quick to start.
+# One of Kafka's command line tools, small enough to run beside the broker and quick to start. Told
+# not to look for jars of tests, it does not call egrep for each jar, of which newer greps warn.
 tool() {
     local name=$1
     shift
-    KAFKA_HEAP_OPTS=-Xmx128M KAFKA_JVM_PERFORMANCE_OPTS='-XX:+UseSerialGC -XX:TieredStopAtLevel=1' timeout 60 "$CURRENT/bin/$name" "$@"
+    INCLUDE_TEST_JARS=true KAFKA_HEAP_OPTS=-Xmx128M \
+        KAFKA_JVM_PERFORMANCE_OPTS='-XX:+UseSerialGC -XX:TieredStopAtLevel=1' \
+        timeout 60 "$CURRENT/bin/$name" "$@"
 }
 
+topics() { tool kafka-topics.sh --bootstrap-server "$PRIVATE_ADDRESS:9093" "$@"; }
+
 reachable() { timeout 3 bash -c "exec 3<>/dev/tcp/$1/$2" 2>/dev/null; }
+
+address_of() { getent ahostsv4 "$1" | awk 'NR == 1 {print $1}'; }
 
 # wait_for SECONDS COMMAND...
 wait_for() {
@@ -149,14 +174,25 @@ wait_for() {
     done
 }
 
+# without_comments FILE: the text that is installed and handed to EC2, which takes little
+without_comments() { sed -E '/^ *#( |$)/d' "$1"; }
+
+# quietly COMMAND...: what it prints is shown when it fails
+quietly() {
+    local said
+    said="$("$@" 2>&1)" || die "failed: $*"$'\n'"$said"
+}
+
+# --- Addresses ---
+
 # metadata NAME: one value of the instance metadata service (version 2, with a token). Fails with 22
 # where the service is there and the value is not, with another code where there is no service.
 metadata() {
     local service=http://169.254.169.254/latest token
-    token="$(curl -fsS --noproxy '*' --max-time 2 --retry 2 --retry-connrefused -X PUT \
-        -H 'X-aws-ec2-metadata-token-ttl-seconds: 60' "$service/api/token" 2>/dev/null)" || return 1
-    curl -fsS --noproxy '*' --max-time 2 --retry 2 -H "X-aws-ec2-metadata-token: $token" \
-        "$service/meta-data/$1" 2>/dev/null
+    local ask=(curl -fsS --noproxy '*' --max-time 2 --retry 2)
+    token="$("${ask[@]}" --retry-connrefused -X PUT "$service/api/token" \
+        -H 'X-aws-ec2-metadata-token-ttl-seconds: 60' 2>/dev/null)" || return 1
+    "${ask[@]}" -H "X-aws-ec2-metadata-token: $token" "$service/meta-data/$1" 2>/dev/null
 }
 
 # Sets PUBLIC_ADDRESS and PRIVATE_ADDRESS; fails where the metadata service is needed and not there.
@@ -166,29 +202,40 @@ find_addresses() {
     if [[ $PRIVATE == auto ]]; then
         PRIVATE_ADDRESS="$(metadata local-ipv4)" || return 1
     fi
-    if [[ $PUBLIC == auto ]]; then
-        PUBLIC_ADDRESS="$(metadata public-ipv4)" || code=$?
-        if ((code == 22)); then
-            warn "this instance has no public address: only the private network can use the broker"
-            PUBLIC_ADDRESS=$PRIVATE_ADDRESS
-        elif ((code)); then
-            return 1
-        fi
+    [[ $PUBLIC == auto ]] || return 0
+    PUBLIC_ADDRESS="$(metadata public-ipv4)" || code=$?
+    if ((code == 22)); then
+        warn "this instance has no public address: only the private network can use the broker"
+        PUBLIC_ADDRESS=$PRIVATE_ADDRESS
+    elif ((code)); then
+        return 1
     fi
 }
 
 know_addresses() {
-    find_addresses || die "no instance metadata service here: give --public-address and --private-address"
+    find_addresses ||
+        die "no instance metadata service here: give --public-address and --private-address"
+}
+
+# Before anything is written: a name that nobody knows would be remembered and advertised.
+check_addresses() {
+    local entry
+    for entry in "$PUBLIC_ADDRESS" "$PRIVATE_ADDRESS" ${ZOOKEEPER//,/ }; do
+        [[ -n "$(address_of "${entry%:*}")" ]] ||
+            die "the address '${entry%:*}' cannot be resolved: is it misspelt, or not in DNS yet?"
+    done
 }
 
 in_cluster() { [[ -n $ZOOKEEPER ]]; }
+
+runs_zookeeper() { ! in_cluster || [[ "$(zookeeper_position)" != 0 ]]; }
 
 # The position (from 1) of this machine in the list of ZooKeepers; 0: not in it.
 zookeeper_position() {
     local entry host n=0
     for entry in ${ZOOKEEPER//,/ }; do
         n=$((n + 1)) host=${entry%:*}
-        if [[ $host == "$PRIVATE_ADDRESS" || "$(getent ahostsv4 "$host" | awk 'NR==1 {print $1}')" == "$PRIVATE_ADDRESS" ]]; then
+        if [[ $host == "$PRIVATE_ADDRESS" || "$(address_of "$host")" == "$PRIVATE_ADDRESS" ]]; then
             echo $n
             return
         fi
@@ -198,78 +245,109 @@ zookeeper_position() {
 
 # Where clients of this machine's ZooKeeper connect; nothing where it has none.
 zookeeper_here() {
-    if ! in_cluster; then echo 127.0.0.1:2181; elif runs_zookeeper; then echo "$PRIVATE_ADDRESS:2181"; fi
-}
-
-runs_zookeeper() { ! in_cluster || [[ "$(zookeeper_position)" != 0 ]]; }
-
-# --- Steps ---
-
-install_packages() {
-    local want=() command
-    for command in java curl tar ip useradd openssl; do
-        command -v "$command" >/dev/null || want+=("$command")
-    done
-    ((${#want[@]})) || return 0
-    say "installing: ${want[*]}"
-    if command -v dnf >/dev/null; then
-        want=("${want[@]/#java/java-17-amazon-corretto-headless}")
-        want=("${want[@]/#ip/iproute}")
-        dnf install -y -q "${want[@]/#useradd/shadow-utils}"
-    elif command -v apt-get >/dev/null; then
-        want=("${want[@]/#java/openjdk-17-jre-headless}")
-        want=("${want[@]/#ip/iproute2}")
-        export DEBIAN_FRONTEND=noninteractive
-        # at first boot Ubuntu's own updates hold the lock for a while
-        wait_for 300 apt-get update -qq
-        apt-get -o DPkg::Lock::Timeout=300 install -y -qq --no-install-recommends "${want[@]/#useradd/passwd}"
-    else
-        die "neither dnf nor apt-get here: install ${want[*]} by hand, then run this again"
+    if ! in_cluster; then
+        echo 127.0.0.1:2181
+    elif runs_zookeeper; then
+        echo "$PRIVATE_ADDRESS:2181"
     fi
 }
 
-make_user() {
-    id kafka >/dev/null 2>&1 ||
-        useradd --system --user-group --home-dir "$DATA" --no-create-home --shell /usr/sbin/nologin kafka
-    local folder
-    for folder in "$DATA" "$ZOOKEEPER_DATA"; do
-        [[ -d $folder ]] || install -d -m 750 -o kafka -g kafka "$folder"
-    done
+# --- Install ---
+
+# package MANAGER COMMAND: the package that brings the command
+package() {
+    case $1:$2 in
+        dnf:java) echo java-17-amazon-corretto-headless ;;
+        apt-get:java) echo openjdk-17-jre-headless ;;
+        dnf:useradd) echo shadow-utils ;;
+        apt-get:useradd) echo passwd ;;
+        *) echo "$2" ;;
+    esac
 }
 
-# checksum FILE: the SHA-512 in FILE, in Apache's format (NAME: and groups of upper-case hex over several
-# lines) or sha512sum's.
+install_packages() {
+    local manager='' command want=()
+    if command -v dnf >/dev/null; then
+        manager=dnf
+    elif command -v apt-get >/dev/null; then
+        manager=apt-get
+    fi
+    for command in java curl tar useradd openssl; do
+        command -v "$command" >/dev/null || want+=("$(package "$manager" "$command")")
+    done
+    ((${#want[@]})) || return 0
+    say "installing: ${want[*]}"
+    case $manager in
+        dnf) quietly dnf install -y -q "${want[@]}" ;;
+        apt-get) apt_install "${want[@]}" ;;
+        *) die "neither dnf nor apt-get here: install ${want[*]} by hand, then run this again" ;;
+    esac
+}
+
+# At first boot Ubuntu's own updates hold the locks for a while.
+apt_install() {
+    export DEBIAN_FRONTEND=noninteractive
+    wait_for 300 apt_update || die "apt-get update failed: $APT_SAID"
+    quietly apt-get -o DPkg::Lock::Timeout=300 install -y -qq --no-install-recommends "$@"
+}
+
+apt_update() { APT_SAID="$(apt-get update -qq 2>&1)"; }
+
+# A folder that is there gets its mode as well: it may be of a run with a strict umask.
+make_folders() {
+    id kafka >/dev/null 2>&1 || useradd --system --user-group --home-dir "$DATA" \
+        --no-create-home --shell /usr/sbin/nologin kafka
+    install -d -m 750 -o kafka -g kafka "$DATA" "$ZOOKEEPER_DATA"
+    install -d -m 755 /opt "$CONF" "$KEPT"
+    rm -rf "$WORK"* # of a run that was killed as well
+    install -d -m 700 "$WORK"
+}
+
+# checksum FILE: the SHA-512 in FILE, in Apache's format (NAME: and groups of upper-case hex over
+# several lines) or sha512sum's.
 checksum() {
     sed 's/^[^:]*: *//' "$1" | tr -d ' \t\r\n' | tr A-F a-f | grep -oE '^[0-9a-f]{128}'
 }
 
-download() { curl -fsSL --retry 3 --connect-timeout 15 -o "$2" "$1" || die "cannot download $1; for a mirror see --url"; }
+# fetch URL-OR-FILE TO
+fetch() {
+    case $1 in
+        *://*)
+            curl -fsSL --retry 3 --connect-timeout 15 -o "$2" "$1" ||
+                die "cannot download $1; for a mirror or a file see --url"
+            ;;
+        *)
+            [[ -r $1 ]] || die "cannot read the file $1; its name is what --url gave"
+            ln -sfn "$(realpath "$1")" "$2"
+            ;;
+    esac
+}
 
 install_kafka() {
-    local target=/opt/$NAME url=${URL:-$APACHE} tgz sum
-    if [[ ! -d $target ]]; then
-        if [[ -n ${KAFKA_TGZ:-} ]]; then
-            tgz=$KAFKA_TGZ sum=$KAFKA_TGZ.sha512
-            [[ -r $tgz ]] || die "KAFKA_TGZ: cannot read $tgz"
-            [[ -r $sum ]] || die "no checksum: put $APACHE.sha512 beside $tgz"
-        else
-            say "downloading $url"
-            tgz=$WORK/$NAME.tgz sum=$WORK/$NAME.tgz.sha512
-            download "$url" "$tgz"
-            download "$url.sha512" "$sum"
-        fi
-        sum="$(checksum "$sum")" || die "no SHA-512 in $sum"
-        [[ "$(sha512sum <"$tgz")" == "$sum  -" ]] ||
-            die "wrong checksum: $tgz is not the file that its .sha512 describes; nothing was installed, download it again"
-        tar -xzf "$tgz" -C "$WORK" --no-same-owner
-        [[ -f $WORK/$NAME/libs/$NAME.jar && -x $WORK/$NAME/bin/kafka-server-start.sh ]] || die "no $NAME in $tgz"
-        mv "$WORK/$NAME" "$target" # the same file system: there or not there
-        say "installed $target"
-    fi
+    local target=/opt/$NAME
+    [[ -d $target ]] || unpack_kafka "${URL:-$APACHE}" "$target"
     if [[ "$(readlink "$CURRENT")" != "$target" ]]; then
         touch "$CONF/.restart-zookeeper" "$CONF/.restart-kafka"
         ln -sfn "$target" "$CURRENT"
     fi
+}
+
+# unpack_kafka SOURCE FOLDER: the folder is there whole or not at all
+unpack_kafka() {
+    local tgz=$WORK/$NAME.tgz sum
+    say "fetching $1"
+    fetch "$1" "$tgz"
+    fetch "$1.sha512" "$tgz.sha512"
+    sum="$(checksum "$tgz.sha512")" || die "no SHA-512 in $1.sha512"
+    [[ "$(sha512sum <"$tgz")" == "$sum  -" ]] ||
+        die "wrong checksum: $1 is not the file that its .sha512 describes; nothing was installed," \
+            "download it again"
+    tar -xzf "$tgz" -C "$WORK" --no-same-owner
+    [[ -f $WORK/$NAME/libs/$NAME.jar && -x $WORK/$NAME/bin/kafka-server-start.sh ]] ||
+        die "no $NAME in $1"
+    chmod 755 "$WORK/$NAME"
+    mv "$WORK/$NAME" "$2"
+    say "installed $2"
 }
 
 keep_setup() {
@@ -282,50 +360,30 @@ keep_setup() {
     done
 }
 
-# The certificate authority and the password are made once; the broker's certificate again when its
-# addresses change or it is about to end.
-make_certificates() {
-    local first=${ZOOKEEPER%%:*} key=$SECURE/broker.pem
-    [[ -d $SECURE ]] || install -d -m 750 -o root -g kafka "$SECURE"
-    if [[ ! -s $SECURE/password || ! -s $SECURE/ca.pem ]] && in_cluster && [[ "$(zookeeper_position)" != 1 ]]; then
-        die "brokers share one certificate authority and password: copy $SECURE from $first to this machine, then run this again"
+# --- Configure ---
+
+configure() {
+    check_owner
+    remember
+    [[ -z $TLS ]] || make_certificates
+    render_server
+    without_comments "$HERE/log4j.properties" | put "$CONF/log4j.properties" 644 root:root kafka
+    without_comments "$HERE/kafka.service" | put "$UNITS/kafka.service" 644 root:root kafka
+    if runs_zookeeper; then
+        render_zookeeper
+        without_comments "$HERE/zookeeper.service" |
+            put "$UNITS/zookeeper.service" 644 root:root zookeeper
+    elif [[ -e $UNITS/zookeeper.service ]]; then
+        systemctl disable --quiet --now zookeeper
+        rm "$UNITS/zookeeper.service"
     fi
-    if [[ ! -s $SECURE/password ]]; then
-        touch "$SECURE/.new-password"
-        openssl rand -hex 16 | put "$SECURE/password" 600 root:root
-    fi
-    if [[ ! -s $SECURE/ca.pem ]]; then
-        openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 | put "$SECURE/ca.key" 600 root:root
-        openssl req -x509 -new -key "$SECURE/ca.key" -sha256 -days 3650 -config <(
-            printf '%s\n' '[req]' 'distinguished_name=dn' 'x509_extensions=ca' 'prompt=no' '[dn]' "CN=Kafka of $PRIVATE_ADDRESS" \
-                '[ca]' 'basicConstraints=critical,CA:TRUE' 'keyUsage=critical,keyCertSign,cRLSign' 'subjectKeyIdentifier=hash'
-        ) | put "$SECURE/ca.pem" 644 root:root
-    fi
-    put "$CONF/ca.pem" 644 root:root <"$SECURE/ca.pem"
-    if certified "$PUBLIC_ADDRESS" && certified "$PRIVATE_ADDRESS" &&
-        openssl x509 -in "$key" -noout -checkend $((30 * 86400)) >/dev/null &&
-        openssl verify -CAfile "$SECURE/ca.pem" "$key" >/dev/null 2>&1; then
-        return
-    fi
-    openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -out "$WORK/broker.key"
-    openssl req -new -key "$WORK/broker.key" -config <(printf '%s\n' '[req]' 'distinguished_name=dn' 'prompt=no' '[dn]' "CN=$PUBLIC_ADDRESS") |
-        openssl x509 -req -sha256 -days 730 -CA "$SECURE/ca.pem" -CAkey "$SECURE/ca.key" -set_serial "0x$(openssl rand -hex 16)" \
-            -out "$WORK/broker.crt" -extfile <(
-                printf '%s\n' "subjectAltName=$(alt_name "$PUBLIC_ADDRESS"),$(alt_name "$PRIVATE_ADDRESS")" 'basicConstraints=CA:FALSE' \
-                    'keyUsage=critical,digitalSignature' 'extendedKeyUsage=serverAuth' 'subjectKeyIdentifier=hash' 'authorityKeyIdentifier=keyid'
-            ) 2>/dev/null
-    cat "$WORK/broker.key" "$WORK/broker.crt" "$SECURE/ca.pem" | put "$key" 640 root:kafka kafka
 }
 
-alt_name() {
-    if [[ $1 =~ ^[0-9.]+$ ]]; then echo "IP:$1"; else echo "DNS:$1"; fi
-}
-
-# certified ADDRESS: is there a certificate of the broker that names it?
-certified() {
-    local option=-checkhost
-    [[ ! $1 =~ ^[0-9.]+$ ]] || option=-checkip
-    openssl x509 -in "$SECURE/broker.pem" -noout "$option" "$1" 2>/dev/null | grep -q 'does match'
+check_owner() {
+    local owner
+    owner="$(sed -n 's/^broker.id=//p' "$DATA/meta.properties" 2>/dev/null || true)"
+    [[ -z $owner || $owner == "$BROKER_ID" ]] || die "$DATA belongs to broker $owner:" \
+        "run with --broker-id $owner, or --uninstall --purge first"
 }
 
 render_server() {
@@ -334,12 +392,13 @@ render_server() {
     [[ -z $TLS ]] || protocol=SASL_SSL
     sed -e "s|@BROKER_ID@|$BROKER_ID|" -e "s|@ZOOKEEPER_CONNECT@|${ZOOKEEPER:-127.0.0.1:2181}|" \
         -e "s|@PUBLIC_ADDRESS@|$PUBLIC_ADDRESS|" -e "s|@PRIVATE_ADDRESS@|$PRIVATE_ADDRESS|" \
-        -e "s|@EXTERNAL_PROTOCOL@|$protocol|" -e "s|@REPLICAS@|$replicas|" -e "s|@MIN_INSYNC@|$minimum|" \
-        ${TLS:+-e 's|^#secure ||'} "$HERE/server.properties" |
+        -e "s|@EXTERNAL_PROTOCOL@|$protocol|" \
+        -e "s|@REPLICAS@|$replicas|" -e "s|@MIN_INSYNC@|$minimum|" \
+        ${TLS:+-e 's|^#secure ||'} <(without_comments "$HERE/server.properties") |
         put "$CONF/server.properties" 644 root:root kafka
 }
 
-# Where ZooKeeper runs on several machines each line names one of them, and myid says which this is.
+# Where ZooKeeper runs on several machines each line names one, and myid says which this is.
 render_zookeeper() {
     local entry n=0 servers='' address=127.0.0.1
     ! in_cluster || address=$PRIVATE_ADDRESS
@@ -350,76 +409,113 @@ render_zookeeper() {
         done
         zookeeper_position | put "$ZOOKEEPER_DATA/myid" 644 kafka:kafka zookeeper
     fi
-    sed -e "s|@ZOOKEEPER_ADDRESS@|$address|" -e "s|@ZOOKEEPER_SERVERS@|${servers%\\n}|" "$HERE/zookeeper.properties" |
+    sed -e "s|@ZOOKEEPER_ADDRESS@|$address|" -e "s|@ZOOKEEPER_SERVERS@|${servers%\\n}|" \
+        <(without_comments "$HERE/zookeeper.properties") |
         put "$CONF/zookeeper.properties" 644 root:root zookeeper
 }
 
-configure() {
-    local owner
-    owner="$(sed -n 's/^broker.id=//p' "$DATA/meta.properties" 2>/dev/null || true)"
-    [[ -z $owner || $owner == "$BROKER_ID" ]] ||
-        die "$DATA belongs to broker $owner: run with --broker-id $owner, or --uninstall --purge first"
-    remember
-    [[ -z $TLS ]] || make_certificates
-    render_server
-    put "$CONF/log4j.properties" 644 root:root kafka <"$HERE/log4j.properties"
-    put "$UNITS/kafka.service" 644 root:root kafka <"$HERE/kafka.service"
-    if runs_zookeeper; then
-        render_zookeeper
-        put "$UNITS/zookeeper.service" 644 root:root zookeeper <"$HERE/zookeeper.service"
-    elif [[ -e $UNITS/zookeeper.service ]]; then
-        systemctl disable --now zookeeper
-        rm "$UNITS/zookeeper.service"
-    fi
-}
-
-# Before the broker starts: an instance that was stopped and started has another public address. Keeps
-# what is there if the address cannot be known.
+# Before the broker starts: an instance that was stopped and started has another public address.
+# Keeps what is there if the address cannot be known.
 refresh() {
     if find_addresses; then
         [[ -z $TLS ]] || make_certificates
         render_server
         rm -f "$CONF/.restart-kafka"
     else
-        warn "no instance metadata service: the addresses in $CONF/server.properties stay as they are"
+        warn "no instance metadata service: $CONF/server.properties keeps the addresses it has"
     fi
 }
 
-# run_unit NAME: enabled, running, and started after its last change.
+# --- Start ---
+
+# The broker stops first, while ZooKeeper is there to take its leave.
+start() {
+    systemctl daemon-reload
+    stop_changed kafka
+    ! runs_zookeeper || stop_changed zookeeper
+    ! runs_zookeeper || run_unit zookeeper
+    run_unit kafka
+    ! in_cluster || wait_for_brokers
+    wait_for $WAIT systemctl is-active --quiet kafka ||
+        die "the broker does not answer on $PRIVATE_ADDRESS:9093 after $WAIT s:" \
+            "see journalctl -u kafka"
+}
+
+stop_changed() { [[ ! -e $CONF/.restart-$1 ]] || systemctl stop "$1"; }
+
+# run_unit NAME: enabled and started. Its own start may take long, and another's failure; start()
+# waits for the result.
 run_unit() {
     systemctl is-enabled --quiet "$1" 2>/dev/null || systemctl enable --quiet "$1"
-    if [[ -e $CONF/.restart-$1 ]]; then
+    if ! systemctl is-active --quiet "$1"; then
         say "starting $1"
-        systemctl daemon-reload
-        systemctl restart "$1"
-        rm -f "$CONF/.restart-$1"
-    elif ! systemctl is-active --quiet "$1"; then
-        say "starting $1"
-        systemctl start "$1"
+        systemctl start --no-block "$1"
     fi
+    rm -f "$CONF/.restart-$1"
+}
+
+wait_for_brokers() {
+    say "waiting for $REPLICAS brokers: run this on the other machines now, each with its own" \
+        "--broker-id"
+    wait_for $CLUSTER_WAIT enough_brokers || die "no $REPLICAS brokers within $CLUSTER_WAIT s:" \
+        "see journalctl -u kafka -u zookeeper, then run this again"
 }
 
 enough_brokers() {
     local here
     reachable "$PRIVATE_ADDRESS" 9093 || return 1 # cheaper to ask than what follows
-    here="$(tool kafka-broker-api-versions.sh --bootstrap-server "$PRIVATE_ADDRESS:9093" 2>/dev/null | grep -c '(id: ' || true)"
+    here="$(tool kafka-broker-api-versions.sh --bootstrap-server "$PRIVATE_ADDRESS:9093" \
+        2>/dev/null | grep -c '(id: ' || true)"
     ((here >= REPLICAS)) || { sleep 3 && false; }
 }
 
-start() {
-    ! runs_zookeeper || run_unit zookeeper
-    run_unit kafka
-    if in_cluster; then
-        say "waiting for $REPLICAS brokers: run this on the other machines now, each with its own --broker-id"
-        wait_for $CLUSTER_WAIT enough_brokers ||
-            die "no $REPLICAS brokers within $CLUSTER_WAIT s: see journalctl -u kafka -u zookeeper, then run this again"
-    else
-        wait_for $WAIT reachable "$PRIVATE_ADDRESS" 9093 ||
-            die "the broker does not answer on $PRIVATE_ADDRESS:9093 after $WAIT s: see journalctl -u kafka"
-    fi
+# The last step of each unit's start (ExecStartPost): what systemd starts next finds it working.
+await() {
+    case $UNIT in
+        zookeeper) until_served listens 2181 ;;
+        kafka)
+            until_served listens 9092
+            until_served listens 9093
+            PRIVATE_ADDRESS="$(sed -n 's|^listeners=.*INTERNAL://\(.*\):9093$|\1|p' \
+                "$CONF/server.properties")"
+            SECONDS=0
+            until_served topics_known
+            ;;
+        *) wrong_usage "--await '$UNIT' is not kafka or zookeeper" ;;
+    esac
 }
 
-topics() { tool kafka-topics.sh --bootstrap-server "$PRIVATE_ADDRESS:9093" "$@"; }
+# until_served COMMAND...: fails when the main process of the unit has ended meanwhile
+until_served() {
+    until "$@"; do
+        kill -0 "$MAINPID" 2>/dev/null || die "$UNIT has ended before it answered"
+        sleep 0.2
+    done
+}
+
+# listens PORT: without a connection, which the server would log
+listens() { grep -q "$(printf ':%04X .* 0A ' "$1")" /proc/net/tcp /proc/net/tcp6; }
+
+# For about two seconds after its start a broker answers that it has no topics.
+topics_known() {
+    local missing
+    if ((SECONDS > 60)); then
+        warn "this broker still does not know all of its topics"
+        return 0
+    fi
+    [[ -n "$(topics_on_disk)" ]] || return 0
+    # soon done where the broker has died: the client's own patience is a minute
+    missing="$(comm -23 <(topics_on_disk) <(topics --list --command-config <(printf '%s\n' \
+        request.timeout.ms=3000 default.api.timeout.ms=3000) 2>/dev/null | sort))"
+    [[ -z $missing ]]
+}
+
+topics_on_disk() {
+    find "$DATA" -mindepth 1 -maxdepth 1 -type d -printf '%f\n' |
+        sed -nE 's/^(.*)-[0-9]+$/\1/p' | sort -u
+}
+
+# --- Topics, message ---
 
 make_topics() {
     local topic there
@@ -432,44 +528,37 @@ make_topics() {
     done
 }
 
-make_sasl_user() {
-    local configs=(tool kafka-configs.sh --bootstrap-server "$PRIVATE_ADDRESS:9093" --entity-type users --entity-name "$SASL_USER")
-    if [[ -e $SECURE/.new-password ]] || ! "${configs[@]}" --describe | grep -q SCRAM-SHA-512; then
-        # from a file: arguments can be seen by everybody on the machine
-        "${configs[@]}" --alter --add-config-file <(echo "SCRAM-SHA-512=password=$(<"$SECURE/password")")
-        rm -f "$SECURE/.new-password"
-    fi
-}
-
-# A client also asks the other brokers of a cluster for metadata. Their public addresses may be closed
-# to this machine: it shall give each up quickly.
-client_properties() {
-    echo socket.connection.setup.timeout.ms=3000
-    [[ -n $TLS ]] || return 0
-    printf '%s\n' security.protocol=SASL_SSL sasl.mechanism=SCRAM-SHA-512 ssl.truststore.type=PEM "ssl.truststore.location=$CONF/ca.pem" \
-        "sasl.jaas.config=org.apache.kafka.common.security.scram.ScramLoginModule required username=\"$SASL_USER\" password=\"$(<"$SECURE/password")\";"
-}
-
-# One message in and out the way a client goes: bootstrap, then the address that the broker advertises.
+# One message in and out the way a client goes: bootstrap, then the address that the broker
+# advertises. A security group that lets in only your machine keeps the instance from its own public
+# address: then the message goes the inner way.
 try_message() {
-    local topic message got server=$PUBLIC_ADDRESS:9092
-    topic="setup-check-$RANDOM$RANDOM" message="setup $RANDOM$RANDOM"
-    # A security group that lets in only your address keeps the instance from its own public address.
-    # Then that address is put on the loopback for the time of this check.
-    if ! reachable "$PUBLIC_ADDRESS" 9092; then
-        LOOPBACK_ADDRESS="$(getent ahostsv4 "$PUBLIC_ADDRESS" | awk 'NR==1 {print $1}')/32"
-        ip address add "$LOOPBACK_ADDRESS" dev lo
-        reachable "$PUBLIC_ADDRESS" 9092 || die "nothing listens on port 9092: see journalctl -u kafka"
+    if reachable "$PUBLIC_ADDRESS" 9092; then
+        send_message "$PUBLIC_ADDRESS:9092" "$(client_properties)"
+        return
     fi
-    (umask 077 && client_properties >"$WORK/client.properties")
+    reachable 127.0.0.1 9092 || die "nothing listens on port 9092: see journalctl -u kafka"
+    [[ -z $TLS ]] || try_certificate
+    send_message "$PRIVATE_ADDRESS:9093" ''
+    say "not tried: $PUBLIC_ADDRESS:9092, which lets nothing in from here; both scripts try it at" \
+        "their start on your machine"
+}
+
+# send_message SERVER PROPERTIES. A client also asks the other brokers of a cluster for metadata.
+# Their public addresses may be closed to this machine: it shall give each up quickly.
+send_message() {
+    local server=$1 properties=socket.connection.setup.timeout.ms=3000$'\n'$2 topic message got
+    topic="setup-check-$RANDOM$RANDOM" message="setup $RANDOM$RANDOM"
     # only this broker leads it: nothing here can reach the others' public addresses
-    topics --create --topic "$topic" --replica-assignment "$BROKER_ID" --config min.insync.replicas=1 >/dev/null
-    tool kafka-console-producer.sh --bootstrap-server "$server" --topic "$topic" --producer.config "$WORK/client.properties" \
-        --producer-property delivery.timeout.ms=40000 --request-timeout-ms 10000 --max-block-ms 40000 <<<"$message" || true
-    got="$(tool kafka-console-consumer.sh --bootstrap-server "$server" --topic "$topic" --consumer.config "$WORK/client.properties" \
-        --partition 0 --offset 0 --max-messages 1 --timeout-ms 40000 2>"$WORK/consumer.log" || true)"
+    topics --create --topic "$topic" --replica-assignment "$BROKER_ID" \
+        --config min.insync.replicas=1 >/dev/null
+    # the properties go by pipe: arguments can be seen by everybody on the machine
+    tool kafka-console-producer.sh --bootstrap-server "$server" --topic "$topic" \
+        --producer.config <(echo "$properties") --producer-property delivery.timeout.ms=40000 \
+        --request-timeout-ms 10000 --max-block-ms 40000 <<<"$message" || true
+    got="$(tool kafka-console-consumer.sh --bootstrap-server "$server" --topic "$topic" \
+        --consumer.config <(echo "$properties") --partition 0 --offset 0 --max-messages 1 \
+        --timeout-ms 40000 2>"$WORK/consumer.log" || true)"
     topics --delete --topic "$topic" >/dev/null
-    forget_loopback_address
     if [[ $got != "$message" ]]; then
         cat "$WORK/consumer.log" >&2
         die "no message came back through $server: see journalctl -u kafka"
@@ -477,13 +566,11 @@ try_message() {
     say "a message went through $server and back"
 }
 
-forget_loopback_address() {
-    [[ -z ${LOOPBACK_ADDRESS:-} ]] || ip address del "$LOOPBACK_ADDRESS" dev lo
-    LOOPBACK_ADDRESS=''
-}
+# --- What to put into .env ---
 
 zookeeper() {
-    printf '%s\n' "$@" | tool zookeeper-shell.sh "${ZOOKEEPER:-127.0.0.1:2181}" 2>/dev/null
+    printf '%s\n' "$@" |
+        tool zookeeper-shell.sh "${ZOOKEEPER:-127.0.0.1:2181}" 2>/dev/null
 }
 
 # advertised ID...: the address that each of these brokers sends clients to, one a line
@@ -491,97 +578,159 @@ advertised() {
     zookeeper "${@/#/get /brokers/ids/}" | sed -n 's|.*"EXTERNAL://\([^"]*\)".*|\1|p'
 }
 
+# The bootstrap servers: this one, or those of the whole cluster.
+servers() {
+    local ids
+    if ! in_cluster; then
+        echo "$PUBLIC_ADDRESS:9092"
+        return
+    fi
+    ids="$(zookeeper 'ls /brokers/ids' | sed -n 's/^\[\([0-9, ]*\)\]$/\1/p')"
+    # shellcheck disable=SC2086
+    advertised ${ids//,/ } | paste -sd,
+}
+
 say_env() {
-    local ids servers=$PUBLIC_ADDRESS:9092
     say
     say "Ready. In .env on your machine:"
     say
-    if in_cluster; then
-        ids="$(zookeeper 'ls /brokers/ids' | sed -n 's/^\[\([0-9, ]*\)\]$/\1/p')"
-        # shellcheck disable=SC2086
-        servers="$(advertised ${ids//,/ } | paste -sd,)"
-    fi
-    say "KAFKA_BOOTSTRAP_SERVERS=$servers"
+    say "KAFKA_BOOTSTRAP_SERVERS=$(servers)"
     if [[ -n $TLS ]]; then
-        say "KAFKA_SECURITY_PROTOCOL=SASL_SSL"
-        say "KAFKA_SASL_MECHANISM=SCRAM-SHA-512"
-        say "KAFKA_SASL_USERNAME=$SASL_USER"
-        say "KAFKA_SASL_PASSWORD=$(<"$SECURE/password")"
-        say "KAFKA_SSL_CAFILE=kafka-ca.pem"
-        say
-        say "and kafka-ca.pem beside it: scp ${SUDO_USER:-ec2-user}@$PUBLIC_ADDRESS:$CONF/ca.pem kafka-ca.pem"
-    else
-        say
-        warn "port 9092 is open to everybody who can reach it: let only your address in (security group), or run this again with --secure"
+        say_secrets
+        return
     fi
+    say
+    warn "port 9092 is open to everybody who can reach it: let only your address in (security" \
+        "group), or run this again with --secure"
 }
 
 # --- Actions ---
 
+install_all() {
+    command -v systemctl >/dev/null || die "no systemctl: this needs a machine with systemd"
+    trap 'rm -rf "$WORK"' EXIT
+    install_packages
+    know_addresses
+    check_addresses
+    make_folders
+    install_kafka
+    keep_setup
+    configure
+    start
+    make_topics
+    [[ -z $TLS ]] || make_sasl_user
+    try_message
+    say_env
+}
+
+# expect TEXT REMEDY COMMAND...: one line of the check
+expect() {
+    local text=$1 remedy=$2
+    shift 2
+    if "$@"; then
+        say "ok    $text"
+    else
+        say "FAIL  $text: $remedy"
+        BAD=1
+    fi
+}
+
 check() {
-    local bad=0 unit target advertises used missing
-    result() { # result GOOD TEXT REMEDY
-        if [[ -n $1 ]]; then say "ok    $2"; else
-            bad=1
-            say "FAIL  $2: $3"
-        fi
-    }
-    [[ -x $CURRENT/bin/kafka-topics.sh ]] || die "Kafka is not installed: run this script without --check"
-    for unit in $(runs_zookeeper && echo zookeeper) kafka; do
-        result "$(systemctl is-active --quiet "$unit" && echo yes)" "$unit runs" "sudo systemctl start $unit; journalctl -u $unit"
-        result "$(systemctl is-enabled --quiet "$unit" && echo yes)" "$unit starts at boot" "sudo systemctl enable $unit"
+    BAD=0
+    [[ -x $CURRENT/bin/kafka-topics.sh ]] ||
+        die "Kafka is not installed: run this script without --check"
+    know_addresses
+    check_services
+    if reachable "$PRIVATE_ADDRESS" 9093; then # what follows asks the broker
+        check_advertised
+        check_topics
+    fi
+    local used
+    used="$(df --output=pcent "$DATA" | tr -dc 0-9)"
+    expect "disk $used% full" "lower log.retention.bytes in server.properties, or a bigger volume" \
+        test "$used" -lt 85
+    [[ -z $TLS ]] || expect "certificate good for 30 days" \
+        "run this script again without --check" certificate_lasts
+    return $BAD
+}
+
+check_services() {
+    local unit target units=(kafka)
+    ! runs_zookeeper || units=(zookeeper kafka)
+    for unit in "${units[@]}"; do
+        expect "$unit runs" "sudo systemctl start $unit; journalctl -u $unit" \
+            systemctl is-active --quiet "$unit"
+        expect "$unit starts at boot" "sudo systemctl enable $unit" \
+            systemctl is-enabled --quiet "$unit"
     done
     for target in 127.0.0.1:9092 "$PRIVATE_ADDRESS:9093" $(zookeeper_here); do
-        result "$(reachable "${target%:*}" "${target#*:}" && echo yes)" "$target answers" "journalctl -u kafka -u zookeeper"
+        expect "$target answers" "journalctl -u kafka -u zookeeper" \
+            reachable "${target%:*}" "${target#*:}"
     done
-    reachable "$PRIVATE_ADDRESS" 9093 || return 1 # what follows asks the broker
-    advertises="$(advertised "$BROKER_ID" || true)"
-    result "$([[ $advertises != "$PUBLIC_ADDRESS:9092" ]] || echo yes)" \
-        "clients are sent to ${advertises:-nowhere}" "the public address is $PUBLIC_ADDRESS; run this script again without --check"
-    used="$(df --output=pcent "$DATA" | tr -dc 0-9)"
-    result "$( ((used >= 85)) || echo yes)" "disk $used% full" "lower log.retention.bytes in server.properties, or a bigger volume"
-    missing="$(comm -23 <(printf '%s\n' error_topic test) <(topics --list 2>/dev/null | sort) | paste -sd' ')"
-    result "$([[ -n $missing ]] || echo yes)" "topics test and error_topic" "missing $missing; run this script again without --check"
-    missing="$(topics --describe --under-replicated-partitions 2>&1 | wc -l || true)"
-    result "$( ((missing)) || echo yes)" "every partition has all its copies" "$missing partitions do not; --check on the other brokers"
-    if [[ -n $TLS ]]; then
-        result "$(openssl x509 -in "$SECURE/broker.pem" -noout -checkend $((30 * 86400)) >/dev/null && echo yes)" \
-            "certificate good for 30 days" "run this script again without --check"
-    fi
-    return $bad
+}
+
+check_advertised() {
+    local there
+    there="$(advertised "$BROKER_ID" || true)"
+    expect "clients are sent to ${there:-nowhere}" \
+        "the public address is $PUBLIC_ADDRESS; run this script again without --check" \
+        test "$there" = "$PUBLIC_ADDRESS:9092"
+    expect "$PUBLIC_ADDRESS can be resolved" "give --public-address a name that is in DNS" \
+        test -n "$(address_of "$PUBLIC_ADDRESS")"
+}
+
+check_topics() {
+    local missing
+    missing="$(comm -23 <(printf '%s\n' error_topic test) <(topics --list 2>/dev/null | sort) |
+        paste -sd' ')"
+    expect "topics test and error_topic" \
+        "missing $missing; run this script again without --check" test -z "$missing"
+    missing="$(topics --describe --under-replicated-partitions 2>/dev/null | grep -c . || true)"
+    expect "every partition has all its copies" \
+        "$missing partitions do not; --check on the other brokers" test "$missing" = 0
 }
 
 uninstall() {
     local unit
     for unit in kafka zookeeper; do # the broker first: it needs ZooKeeper to leave in order
         if [[ -e $UNITS/$unit.service ]]; then
-            systemctl disable --now "$unit"
-            rm -f "$UNITS/$unit.service"
+            systemctl disable --quiet --now "$unit"
+            rm -f "$UNITS/$unit.service"*
         fi
     done
     systemctl daemon-reload
-    rm -rf "${CURRENT:?}" "/opt/${NAME:?}" "$KEPT" "$CONF"/{*.properties,setup.env,ca.pem,.restart-*}
+    rm -rf "${CURRENT:?}" "/opt/${NAME:?}" "$WORK"* "$KEPT"
+    rm -f "$CONF"/{*.properties,setup.env,ca.pem,.restart-*,*.new}
     if [[ -n $PURGE ]]; then
         rm -rf "$DATA" "$ZOOKEEPER_DATA" "$CONF"
         ! id kafka >/dev/null 2>&1 || userdel kafka
         say "removed, with all data"
     else
         rmdir --ignore-fail-on-non-empty "$CONF" 2>/dev/null || true
-        say "removed; the data is still in $DATA and $ZOOKEEPER_DATA: --uninstall --purge removes it"
+        say "removed; the data is still in $DATA and $ZOOKEEPER_DATA:" \
+            "--uninstall --purge removes it"
     fi
 }
 
 # A script that carries these files: EC2 hands user data over alone, and takes 16 KB of it.
 user_data() {
-    local option options='' packed
+    local option options='' folder file packed
     for option in "$@"; do
         [[ $option == --user-data ]] || options+=" $(printf %q "$option")"
     done
-    packed="$(tar -C "$HERE" -c --sort=name --owner=0 --group=0 --mtime=@0 "${FILES[@]}" | gzip -9n | base64 -w 120)"
+    folder="$(mktemp -d)"
+    for file in "${FILES[@]}"; do
+        without_comments "$HERE/$file" >"$folder/$file"
+        chmod --reference="$HERE/$file" "$folder/$file"
+    done
+    packed="$(tar -C "$folder" -c --sort=name --owner=0 --group=0 --mtime=@0 "${FILES[@]}" |
+        gzip -9n | base64 -w 120)"
+    rm -r "$folder"
     cat <<EOF
 #!/bin/bash
 # Made by setup_kafka.sh --user-data. The log can hold a password: only root reads it.
 set -euo pipefail
+umask 022
 install -m 600 /dev/null /var/log/kafka-setup.log
 exec >/var/log/kafka-setup.log 2>&1
 mkdir -p $KEPT
@@ -592,51 +741,45 @@ $KEPT/setup_kafka.sh$options
 EOF
 }
 
-cleanup() {
-    forget_loopback_address
-    [[ -z ${WORK:-} ]] || rm -rf "$WORK"
+need_files() {
+    local file
+    for file in "${FILES[@]}"; do
+        [[ -r $HERE/$file ]] || die "$file is not beside this script: run it from a checkout;" \
+            "for EC2 user data paste what --user-data prints"
+    done
+    # shellcheck source=infra/secure_kafka.sh
+    source "$HERE/secure_kafka.sh"
 }
 
 main() {
+    umask 022 # real sudo keeps the caller's: with 077 the user kafka could read nothing
     parse "$@"
-    local file
     if [[ $ACTION == help ]]; then
         usage
         return
     fi
-    for file in "${FILES[@]}"; do
-        [[ -r $HERE/$file ]] || die "$file is not beside this script: run it from a checkout; for EC2 user data paste what --user-data prints"
-    done
-    if [[ $ACTION == user-data ]]; then
-        user_data "$@"
-        return
-    fi
+    need_files
     recall
-    trap cleanup EXIT
-    ((EUID == 0)) || die "run this as root: sudo $0 $*"
-    mkdir -p /opt "$CONF"
-    WORK="$(mktemp -d /opt/.kafka-setup-XXXXXX)"
     case $ACTION in
-        check)
-            know_addresses
-            check
+        user-data)
+            user_data "$@"
+            return
             ;;
+        await)
+            IN_JOURNAL=yes
+            await
+            return
+            ;;
+    esac
+    ((EUID == 0)) || die "run this as root: sudo $0 $*"
+    case $ACTION in
+        check) check ;;
         uninstall) uninstall ;;
-        render) refresh ;;
-        install)
-            command -v systemctl >/dev/null || die "no systemctl: this needs a machine with systemd"
-            install_packages
-            know_addresses
-            make_user
-            install_kafka
-            keep_setup
-            configure
-            start
-            make_topics
-            [[ -z $TLS ]] || make_sasl_user
-            try_message
-            say_env
+        render)
+            IN_JOURNAL=yes
+            refresh
             ;;
+        install) install_all ;;
     esac
 }
 

@@ -34,7 +34,7 @@ class Record(NamedTuple):
 
 
 def some_settings(**environ):
-    return Settings.from_env({"S3_BUCKET": "bucket", **environ}, required="S3_BUCKET")
+    return Settings.from_env({"S3_BUCKET": "bucket", **environ})
 
 
 @pytest.fixture

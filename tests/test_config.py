@@ -524,7 +524,7 @@ def test_a_reader_who_leaves_stops_the_script_as_sigterm_does(tmp_path):
     # A process of its own: the signal is real. `| head` closes the pipe while lines are written.
     code = """
 import logging, sys, config
-config.setup_logging(config.Settings.from_env({}, required=""))
+config.setup_logging(config.Settings.from_env({}))
 stop = config.Stop()
 sys.stderr.write("ready\\n")
 sys.stdin.read()
@@ -643,7 +643,7 @@ def test_closed_standard_streams_do_no_harm():
 
 CLOSED = """
 import logging, sys, config
-config.setup_logging(config.Settings.from_env({}, required=""))
+config.setup_logging(config.Settings.from_env({}))
 config.records.info("record")
 logging.error("line")
 sys.exit(7 if sys.stderr.isatty() is False else 1)

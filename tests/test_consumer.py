@@ -60,7 +60,7 @@ def a_record(offset=7, value=b'{"a": 1}', partition=0, key=None, headers=()):
 
 
 def some_settings(**environ):
-    return Settings.from_env({"S3_BUCKET": "bucket", **environ}, required="S3_BUCKET")
+    return Settings.from_env({"S3_BUCKET": "bucket", **environ})
 
 
 @pytest.fixture

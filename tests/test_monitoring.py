@@ -1,15 +1,21 @@
-"""The rules, the dashboard and the metric names fit together, without a running Prometheus."""
+"""The metrics are the scripts' counters; the rules, the dashboard and the metric names fit
+together, without a running Prometheus."""
 
 import json
 import re
 import shutil
+import socket
 import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from urllib.request import urlopen
 
 import pytest
 
-import kafka_consumer
-import kafka_producer
+from config import Failure
+from infra.monitoring import exporter
 
 MONITORING = Path(__file__).parent.parent / "infra" / "monitoring"
 DASHBOARD = json.loads((MONITORING / "grafana-dashboard.json").read_text())
@@ -25,9 +31,120 @@ def promtool(*args: str) -> None:
 
 def exported() -> set[str]:
     """The names of the samples that the scripts serve."""
-    names = {row[0] for row in (*kafka_consumer.METRICS, *kafka_producer.METRICS)}
-    upload = "kafka_s3_upload_seconds"
-    return names - {upload} | {f"{upload}_{part}" for part in ("bucket", "sum", "count")}
+    names = {served.name for served in (*exporter.CONSUMER, *exporter.PRODUCER)}
+    upload = exporter.UPLOAD_SECONDS
+    return names | {f"{upload}_{part}" for part in ("bucket", "sum", "count")}
+
+
+@pytest.fixture
+def settings() -> SimpleNamespace:
+    """The settings that the exporter reads, with a free port."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    return SimpleNamespace(kafka_topic="test", metrics_port=port)
+
+
+@pytest.fixture
+def scrape(settings: SimpleNamespace) -> Callable[[], dict[str, float]]:
+    """Call it for the samples that Prometheus would read now, by name and labels."""
+
+    def samples() -> dict[str, float]:
+        with urlopen(f"http://127.0.0.1:{settings.metrics_port}/metrics", timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        pairs = [line.rsplit(" ", 1) for line in lines if not line.startswith("#")]
+        found = {name: float(value) for name, value in pairs}
+        assert len(found) == len(pairs), "a sample is there twice"
+        return found
+
+    return samples
+
+
+def consumer_stats(**changes: object) -> SimpleNamespace:
+    counters = dict(written=7, bytes=900, replays=1, dead_letters=2, retries=3, commits=4, holds=5)
+    state = dict(lag={}, holding={}, last_success=1.5e9, observe_upload=lambda seconds: None)
+    return SimpleNamespace(**{**counters, **state, **changes})
+
+
+def test_the_consumers_counters_are_served_by_their_names(settings, scrape) -> None:
+    stats = consumer_stats(lag={0: 3, 12: 0})
+    exporter.serve_consumer(settings, stats)
+    stats.written = 8
+    assert {name: value for name, value in scrape().items() if "upload_seconds" not in name} == {
+        'kafka_s3_records_written_total{topic="test"}': 8,
+        'kafka_s3_bytes_written_total{topic="test"}': 900,
+        'kafka_s3_replays_total{topic="test"}': 1,
+        'kafka_s3_dead_letters_total{topic="test"}': 2,
+        'kafka_s3_retries_total{topic="test"}': 3,
+        'kafka_s3_commits_total{topic="test"}': 4,
+        'kafka_s3_lag_records{partition="0",topic="test"}': 3,
+        'kafka_s3_lag_records{partition="12",topic="test"}': 0,
+        'kafka_s3_holding{topic="test"}': 0,
+        'kafka_s3_holds_total{topic="test"}': 5,
+        'kafka_s3_last_success_timestamp_seconds{topic="test"}': 1.5e9,
+    }
+
+
+def test_a_lag_that_is_not_known_is_no_sample(settings, scrape) -> None:
+    stats = consumer_stats(lag={0: None, 1: 4})
+    exporter.serve_consumer(settings, stats)
+    lags = {name: value for name, value in scrape().items() if "lag" in name}
+    assert lags == {'kafka_s3_lag_records{partition="1",topic="test"}': 4}
+
+
+def test_each_reason_of_a_hold_is_served_once_and_goes_with_it(settings, scrape) -> None:
+    stats = consumer_stats(holding={0: "AccessDenied", 1: "SlowDown", 2: "AccessDenied"})
+    exporter.serve_consumer(settings, stats)
+
+    def holding() -> dict[str, float]:
+        return {name: value for name, value in scrape().items() if "holding" in name}
+
+    assert holding() == {
+        'kafka_s3_holding{topic="test"}': 1,
+        'kafka_s3_holding_info{reason="AccessDenied",topic="test"}': 1,
+        'kafka_s3_holding_info{reason="SlowDown",topic="test"}': 1,
+    }
+    stats.holding.clear()
+    assert holding() == {'kafka_s3_holding{topic="test"}': 0}
+
+
+def test_uploads_are_counted_in_buckets_that_cover_everything(settings, scrape) -> None:
+    stats = consumer_stats()
+    exporter.serve_consumer(settings, stats)
+    for seconds in (0, 0.005, 0.0051, 10, 10.1, 1e9):
+        stats.observe_upload(seconds)
+    found = scrape()
+    bucket = 'kafka_s3_upload_seconds_bucket{{le="{}",topic="test"}}'
+    assert found[bucket.format("0.005")] == 2 and found[bucket.format("0.01")] == 3
+    assert found[bucket.format("10.0")] == 4 and found[bucket.format("+Inf")] == 6
+    assert found['kafka_s3_upload_seconds_count{topic="test"}'] == 6
+    assert not any("_created" in name for name in found)
+
+
+def test_the_producers_counters_are_served_by_their_names(settings, scrape) -> None:
+    sender = SimpleNamespace(sent=5, failed=1, rate=2.5, waiting=3, last_success=1.5e9)
+    exporter.serve_producer(settings, sender)
+    assert scrape() == {
+        'kafka_csv_records_sent_total{topic="test"}': 5,
+        'kafka_csv_records_failed_total{topic="test"}': 1,
+        'kafka_csv_rate{topic="test"}': 2.5,
+        'kafka_csv_unacknowledged_records{topic="test"}': 3,
+        'kafka_csv_last_success_timestamp_seconds{topic="test"}': 1.5e9,
+    }
+
+
+def test_a_port_that_is_taken_is_a_failure_that_names_it(settings) -> None:
+    with (
+        socket.create_server(("0.0.0.0", settings.metrics_port)),
+        pytest.raises(Failure, match=f"METRICS_PORT={settings.metrics_port}: .*free port"),
+    ):
+        exporter.serve_producer(settings, SimpleNamespace())
+
+
+def test_the_scripts_do_not_load_the_exporter_unless_asked() -> None:
+    code = "import sys, kafka_consumer, kafka_producer; print('prometheus_client' in sys.modules)"
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
 
 
 def test_promtool_accepts_the_configuration_and_the_rules() -> None:

@@ -11,17 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from helpers import Script, committed, free_port, produce, records, scratch_env, until
-from local_stack import ROOT, S3, Kafka, StackError
-
-__all__ = [
-    "Script",
-    "committed",
-    "free_port",
-    "produce",
-    "records",
-    "until",
-]  # `from conftest import ...` works too
+from helpers import Kafka, KafkaCluster, Script, scratch_env
+from local_stack import ROOT, S3, StackError
 
 CI = os.environ.get("CI") == "true"
 
@@ -29,7 +20,7 @@ CI = os.environ.get("CI") == "true"
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """`real` marks what needs a real server; `root` is skipped where it cannot work."""
     for item in items:
-        if {"kafka", "s3"} & set(getattr(item, "fixturenames", ())):
+        if {"kafka", "cluster", "s3"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("real")
         if item.get_closest_marker("root") and not (sys.platform == "linux" and os.geteuid() == 0):
             item.add_marker(pytest.mark.skip(reason="needs root on Linux, for network namespaces"))
@@ -51,8 +42,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
                 report.sections.append(
                     (f"{script.name}: {stream}", "\n".join(script.lines(stream)[-60:]))
                 )
-        if "kafka" in arguments:
-            report.sections.append(("broker log", arguments["kafka"].log_tail()))
+        for name in {"kafka", "cluster"} & set(arguments):
+            report.sections.append((f"log of {name}", arguments[name].log_tail()))
     return report
 
 
@@ -68,6 +59,19 @@ def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kafka]:
         yield broker.start()
     finally:
         broker.stop()
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaCluster]:
+    """Three brokers of its own for a file of tests: 12 s to start. Mark these tests as slow."""
+    try:
+        brokers = KafkaCluster(tmp_path_factory.mktemp("cluster"))
+    except StackError as error:
+        pytest.skip(f"needs real brokers: {error}")
+    try:
+        yield brokers.start()
+    finally:
+        brokers.stop()
 
 
 @pytest.fixture(scope="session")

@@ -1,21 +1,28 @@
-"""What the integration tests share: running a script, polling, looking into a topic."""
+"""What the integration tests share: scripts as processes, a broker that can be killed and frozen,
+several brokers, and what a test proves with: the topic's records against the bucket's objects."""
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import confluent_kafka
+import local_stack
+from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
-from local_stack import API_VERSION, ROOT, free_port
-
-__all__ = ["ROOT", "Script", "committed", "free_port", "produce", "records", "until"]
+from kafka.admin import NewPartitions
+from local_stack import API_VERSION, ROOT
+from local_stack import free_port as free_port  # the tests import it from here
 
 
 def until(condition: Callable[[], Any], timeout: float = 30, what: str = "") -> Any:
@@ -121,6 +128,137 @@ class Script:
         self.process.wait()
 
 
+class Kafka(local_stack.Kafka):
+    """The local stack's broker, with what a test may do to it beside."""
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """The pids of what runs: broker, zookeeper."""
+        both = {"broker": self.broker, "zookeeper": self.zookeeper.process}
+        return {name: p.pid for name, p in both.items() if p is not None and p.poll() is None}
+
+    def kill(self) -> None:
+        """kill -9 of the broker."""
+        assert self.broker is not None, "the broker was never started"
+        self.broker.kill()
+        self.broker.wait()
+
+    def freeze(self) -> None:
+        """SIGSTOP: the broker keeps its connections and answers nothing, until `thaw`."""
+        os.kill(self.pids["broker"], signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """SIGCONT."""
+        os.kill(self.pids["broker"], signal.SIGCONT)
+
+    def stop_broker(self) -> None:
+        """SIGTERM to the broker, frozen or not; return when it has ended."""
+        if "broker" in self.pids:
+            self.thaw()
+        super().stop_broker()
+
+    def restart_zookeeper(self) -> None:
+        """Stop ZooKeeper and start it again on the same port and data."""
+        self.zookeeper.stop()
+        self.zookeeper.start()
+
+    def delete_topic(self, name: str) -> None:
+        """Delete a topic; return when the broker no longer names it."""
+        self.admin(lambda admin: admin.delete_topics([name], timeout_ms=20000))
+
+    def configure_topic(self, name: str, config: Mapping[str, str]) -> None:
+        """Set properties of a topic that exists; the others stay as they are."""
+        resource = ConfigResource(ConfigResource.Type.TOPIC, name)
+        for key, value in config.items():
+            entry = ConfigEntry(key, value, incremental_operation=AlterConfigOpType.SET)
+            resource.add_incremental_config(entry)
+        client = AdminClient({"bootstrap.servers": self.internal})
+        client.incremental_alter_configs([resource])[resource].result(10)
+
+    def add_partitions(self, name: str, total: int) -> None:
+        """Give a topic more partitions: `total` from now on."""
+        self.admin(lambda admin: admin.create_partitions({name: NewPartitions(total)}))
+
+    def command(self, main_class: str, *args: str) -> str:
+        """Run one of Kafka's own tools by its class, as bin/*.sh do (kafka-consumer-groups.sh is
+        kafka.admin.ConsumerGroupCommand); its output. CalledProcessError when it fails."""
+        command = [local_stack.java(), "-cp", local_stack.kafka_jars(), main_class, *args]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=60
+        ).stdout
+
+    def log_tail(self, lines: int = 30) -> str:
+        """The last lines of the broker's log."""
+        return local_stack.tail(self.log, lines)
+
+
+class KafkaCluster:
+    """`count` brokers with one ZooKeeper. Each of `brokers` can be stopped, killed and frozen by
+    itself; change its `properties` before `start`. About 250 MB of memory a broker."""
+
+    def __init__(self, folder: Path, count: int = 3):
+        self.brokers = [Kafka(folder / f"broker-{number}") for number in range(count)]
+        self.zookeeper = self.brokers[0].zookeeper
+        for number, broker in enumerate(self.brokers):
+            broker.zookeeper = self.zookeeper
+            broker.properties |= {
+                "broker.id": str(number),
+                "zookeeper.connect": f"127.0.0.1:{self.zookeeper.port}",
+                "offsets.topic.replication.factor": str(count),
+            }
+
+    @property
+    def bootstrap(self) -> str:
+        """The brokers' addresses, as KAFKA_BOOTSTRAP_SERVERS has them."""
+        return ",".join(broker.bootstrap for broker in self.brokers)
+
+    def start(self) -> KafkaCluster:
+        """Start ZooKeeper and every broker; return when the last one answers. All or nothing."""
+        try:
+            self.zookeeper.start()
+            for broker in self.brokers:
+                broker.start_broker()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def stop(self) -> None:
+        """Stop every broker, then ZooKeeper. The brokers stop together: the last alone would wait
+        for the others to take its partitions."""
+        for broker in self.brokers:
+            if "broker" in broker.pids:
+                broker.thaw()
+                os.kill(broker.pids["broker"], signal.SIGTERM)
+        for broker in self.brokers:
+            broker.stop_broker()
+        self.zookeeper.stop()
+
+    def create_topic(
+        self,
+        name: str,
+        partitions: int = 1,
+        config: Mapping[str, str] | None = None,
+        replicas: int | None = None,
+    ) -> None:
+        """Create a topic with `replicas` copies (as many as there are brokers). With one copy the
+        partitions are spread, and one that loses its broker has no other to go to."""
+        copies = len(self.brokers) if replicas is None else replicas
+        self.brokers[0].create_topic(name, partitions, config, copies)
+
+    def leader(self, topic: str, partition: int = 0) -> Kafka:
+        """The broker that serves the partition now. LookupError while it has none."""
+        client = AdminClient({"bootstrap.servers": self.bootstrap})
+        number = client.list_topics(topic, timeout=10).topics[topic].partitions[partition].leader
+        if number < 0:
+            raise LookupError(f"{topic}/{partition} has no leader")
+        return self.brokers[number]
+
+    def log_tail(self, lines: int = 30) -> str:
+        """The last lines of every broker's log."""
+        return "\n\n".join(broker.log_tail(lines) for broker in self.brokers)
+
+
 def produce(
     bootstrap: str,
     topic: str,
@@ -195,3 +333,97 @@ def scratch_env(home: Path) -> dict[str, str]:
         "PYTHONDONTWRITEBYTECODE": "1",
         "AWS_EC2_METADATA_DISABLED": "true",
     }
+
+
+def object_name(partition: int, offset: int) -> str:
+    folder = f"partition={partition}/" if partition else ""
+    return f"{folder}stock_market_{offset}.json"
+
+
+def assert_whole(topic: Iterable[Any], objects: dict[str, bytes], letters: Iterable[Any] = ()):
+    """Every record of the topic is one object with its bytes, or a dead letter with its bytes."""
+    wanted = {object_name(r.partition, r.offset): r.value for r in topic}
+    dead = {}
+    for letter in letters:
+        headers = dict(letter.headers)
+        place = int(headers["source.partition"]), int(headers["source.offset"])
+        dead[object_name(*place)] = letter.value
+    assert not set(dead) & set(objects), "both an object and a dead letter"
+    found = {**objects, **dead}
+    assert sorted(set(wanted) - set(found)) == [], "missing"
+    assert sorted(set(found) - set(wanted)) == [], "stray"
+    assert [name for name in wanted if wanted[name] != found[name]] == [], "other bytes"
+
+
+@contextmanager
+def load(bootstrap: str, topics: Iterable[str], rate: float) -> Iterator[None]:
+    """`rate` JSON objects a second to each topic while the block runs; all acknowledged after."""
+    stop = threading.Event()
+
+    def send() -> None:
+        producer = KafkaProducer(
+            bootstrap_servers=bootstrap,
+            acks="all",
+            retries=50,
+            max_in_flight_requests_per_connection=1,
+        )
+        begun, n = time.monotonic(), 0
+        while not stop.is_set():
+            for topic in topics:
+                producer.send(topic, json.dumps({"Index": topic, "n": n}).encode())
+            n += 1
+            stop.wait(max(0.0, begun + n / rate - time.monotonic()))
+        producer.close(timeout=60)
+
+    thread = threading.Thread(target=send, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def members(bootstrap: str, group: str) -> set[str]:
+    """The ids of the group's members: one that was lost and came back has another id."""
+    admin = AdminClient({"bootstrap.servers": bootstrap})
+    answer = admin.describe_consumer_groups([group])[group].result(10)
+    return {member.member_id for member in answer.members}
+
+
+def commit(bootstrap: str, group: str, topic: str, offset: int, partition: int = 0) -> None:
+    """Set the position of a group that has no members."""
+    admin = AdminClient({"bootstrap.servers": bootstrap})
+    place = confluent_kafka.ConsumerGroupTopicPartitions(
+        group, [confluent_kafka.TopicPartition(topic, partition, offset)]
+    )
+    admin.alter_consumer_group_offsets([place])[group].result(10)
+
+
+def delete_records(bootstrap: str, topic: str, before: int, partition: int = 0) -> None:
+    """What retention does: the partition begins at `before` from now on."""
+    admin = AdminClient({"bootstrap.servers": bootstrap})
+    for future in admin.delete_records(
+        [confluent_kafka.TopicPartition(topic, partition, before)]
+    ).values():
+        future.result(10)
+
+
+def until_done(bootstrap: str, group: str, topic: str, timeout: float = 60) -> None:
+    """Until the group has committed all that the topic holds."""
+    ends: dict[int, int] = {}
+    for record in records(bootstrap, topic):
+        ends[record.partition] = max(ends.get(record.partition, 0), record.offset + 1)
+    until(
+        lambda: all(committed(bootstrap, group, topic).get(p) == end for p, end in ends.items()),
+        timeout=timeout,
+        what=f"{group} at {ends}",
+    )
+
+
+def memory(pid: int, field: str = "VmHWM") -> float:
+    """MB of resident memory: its peak (VmHWM) or what it is now (VmRSS). Linux."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) / 1024
+    raise LookupError(field)

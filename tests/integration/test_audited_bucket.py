@@ -6,10 +6,18 @@ from contextlib import ExitStack
 
 import pytest
 from confluent_kafka import Producer
-from helpers import committed, produce, records, until
+from helpers import (
+    commit,
+    committed,
+    delete_records,
+    memory,
+    object_name,
+    produce,
+    records,
+    until,
+)
 from kafka import KafkaConsumer, OffsetAndMetadata, TopicPartition
 from local_stack import API_VERSION
-from proof import commit, delete_records, memory, object_name
 from s3_faults import FaultyS3
 
 from config import KafkaClient  # None with kafka-python 3

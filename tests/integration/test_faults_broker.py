@@ -5,9 +5,17 @@ import re
 import time
 
 import pytest
-from helpers import committed, produce, records, until
-from local_stack import Kafka
-from proof import assert_whole, commit, delete_records, until_done
+from helpers import (
+    Kafka,
+    assert_whole,
+    commit,
+    committed,
+    delete_records,
+    produce,
+    records,
+    until,
+    until_done,
+)
 from s3_faults import FaultyS3
 
 pytestmark = pytest.mark.real

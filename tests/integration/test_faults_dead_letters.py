@@ -5,8 +5,7 @@ import json
 import pytest
 from confluent_kafka import Producer
 from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource
-from helpers import committed, produce, records, until
-from proof import assert_whole, until_done
+from helpers import assert_whole, committed, produce, records, until, until_done
 
 pytestmark = pytest.mark.real
 

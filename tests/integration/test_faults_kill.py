@@ -6,8 +6,7 @@ import re
 import time
 
 import pytest
-from helpers import produce, records, until
-from proof import assert_whole, until_done
+from helpers import assert_whole, produce, records, until, until_done
 from s3_faults import FaultyS3
 
 pytestmark = pytest.mark.real

@@ -4,8 +4,7 @@ import time
 from contextlib import ExitStack
 
 import pytest
-from helpers import committed, produce, records, until
-from proof import assert_whole, load, members, until_done
+from helpers import assert_whole, committed, load, members, produce, records, until, until_done
 from s3_faults import KINDS, FaultyS3
 
 pytestmark = pytest.mark.real

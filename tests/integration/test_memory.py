@@ -3,8 +3,7 @@
 import time
 
 import pytest
-from helpers import produce, until
-from proof import load, memory
+from helpers import load, memory, produce, until
 from s3_faults import FaultyS3
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]

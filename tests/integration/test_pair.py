@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import Script, committed, produce, records, scratch_env, until
-from local_stack import ROOT, S3, Kafka
+from helpers import Kafka, Script, committed, produce, records, scratch_env, until
+from local_stack import ROOT, S3
 
 GROUP = "python-consumer-group"
 

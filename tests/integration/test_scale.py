@@ -9,9 +9,8 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-from helpers import Script, committed, produce, records, until
+from helpers import Kafka, Script, committed, produce, records, until
 from kafka import codec
-from local_stack import Kafka
 
 from kafka_producer import read_rows, sample
 

@@ -4,8 +4,7 @@ import json
 import re
 
 import pytest
-from helpers import free_port, produce, until
-from proof import delete_records
+from helpers import delete_records, free_port, produce, until
 from s3_faults import FaultyS3
 
 pytestmark = pytest.mark.real

@@ -5,9 +5,7 @@ import signal
 import time
 
 import pytest
-from helpers import produce, records, until
-from local_stack import Kafka
-from proof import assert_whole, load, until_done
+from helpers import Kafka, assert_whole, load, produce, records, until, until_done
 from s3_faults import FaultyS3
 
 pytestmark = pytest.mark.real
