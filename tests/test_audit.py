@@ -39,14 +39,14 @@ def some_settings(**environ):
 
 @pytest.fixture
 def lines(caplog):
-    """What was said, by logger: "records" or another."""
+    """What was said, by logger: "output" or another."""
     caplog.set_level(logging.INFO)
 
     def said(name=None):
         return [
             record.getMessage()
             for record in caplog.records
-            if (record.name == "records") == (name == "records")
+            if (record.name == "output") == (name == "output")
         ]
 
     return said
@@ -152,9 +152,9 @@ class Audited:
         return self.said(Verify(self.settings, self, SimpleNamespace(requested=False)).run(root))
 
     def said(self, proof):
-        before = len(self.lines("records"))
+        before = len(self.lines("output"))
         code = asyncio.run(proof)
-        return code, "\n".join(self.lines("records")[before:])
+        return code, "\n".join(self.lines("output")[before:])
 
     def put(self, key, value, days=1):
         """Change an object, so many days from now."""
