@@ -45,7 +45,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from hashlib import md5, sha256
@@ -197,14 +197,15 @@ async def open_bucket(settings: Settings) -> AsyncIterator[Bucket]:
         read_timeout=60,
         retries={"total_max_attempts": 1},
     )
-    try:
+    async with AsyncExitStack() as stack:
         client = AioSession().create_client(
             "s3", endpoint_url=settings.s3_endpoint_url, config=options
         )
-        async with client as opened:
-            yield Bucket(settings, opened)
-    except (BotoCoreError, ValueError) as error:  # a profile or an address that cannot be used
-        raise Failure(f"S3_BUCKET={settings.s3_bucket}: {explain(error)}") from None
+        try:
+            opened = await stack.enter_async_context(client)
+        except (BotoCoreError, ValueError) as error:  # a profile or an address of no use
+            raise Failure(f"S3_BUCKET={settings.s3_bucket}: {explain(error)}") from None
+        yield Bucket(settings, opened)
 
 
 class Folder:
