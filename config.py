@@ -727,7 +727,10 @@ class _Batch(DefaultRecordBatch):
 
     def __iter__(self) -> Iterator[Any]:
         delivered = super().__iter__()
-        return map(_as_marker, delivered) if self.is_control_batch else delivered
+        if not self.is_control_batch:
+            return delivered
+        # `delivered` is this batch: map() alone would ask it for its iterator, without an end.
+        return map(_as_marker, iter(delivered.__next__, None))
 
     def _read_msg(self, *args: Any) -> Any:
         try:
