@@ -105,6 +105,7 @@ NOT_S3 = "that is no answer of S3: is S3_ENDPOINT_URL right, is a proxy in betwe
 HINTS = {
     "AccessDenied": "does the policy allow s3:PutObject, s3:GetObject and s3:ListBucket here?",
     "EndpointConnectionError": "see S3_ENDPOINT_URL; is the server up?",
+    "KafkaTimeoutError": "does KAFKA_DLQ_TOPIC exist? Create it",
     "MessageSizeTooLargeError": "raise max.message.bytes of KAFKA_DLQ_TOPIC",
     "NoSuchBucket": "create it, or correct S3_BUCKET",
     "RequestTimeTooSkewed": "set this machine's clock",
@@ -133,6 +134,7 @@ def explain(error: BaseException) -> str:
     if isinstance(error, TimeoutError):
         message = "no answer in time"
     # A status in the place of a code: the answer had no error of S3 in it.
+    message = message.removeprefix(f"{code}: ")  # as the Kafka client's errors begin
     hint = NOT_S3 if code.isdecimal() else HINTS.get(code)
     if hint:
         message = f"{message} ({hint})"
@@ -904,8 +906,9 @@ def check_kafka(settings: Settings) -> set[str]:
             f" be reached ({'; '.join(problems.values())}); fix advertised.listeners on the broker"
         )
     for address, problem in problems.items():
-        led = ", ".join(brokers[address]) or "no partition of the topic"
-        log.warning("a broker cannot be reached (%s); it leads %s: that waits", problem, led)
+        led = ", ".join(brokers[address]) or "none"
+        text = "a broker cannot be reached (%s); partitions that it leads, which wait: %s"
+        log.warning(text, problem, led)
     last_words.text = ""  # what was said while it started is over
     return topics
 
