@@ -393,6 +393,7 @@ class Taken:
     record: Any
     attempt: Future[str] | None = None
     error: BaseException | None = None
+    what: str = "S3"  # that fails
     failed_since: float = 0.0
     retry_at: float = 0.0
     pause: float = 0.05  # s, before the next attempt
@@ -449,7 +450,9 @@ class Uploader:
         try:
             return await self.bucket.create(name, record.value, look_first=silent)
         except Exception:
-            await self.bucket.renew()
+            renewal = self.loop.create_task(self.bucket.renew())
+            self.tasks.add(renewal)
+            renewal.add_done_callback(self.tasks.discard)
             raise
 
     async def send_letter(self, record: Any, reason: str) -> None:
@@ -588,7 +591,8 @@ class Monitor:
                 f"no answer from the broker for {now - self.unanswered_since:.0f} s:"
                 f" {sink.under_way()} records in hand wait, nothing is lost{config.last_words}"
             )
-            return {"the broker answers": config.Problem(text)}
+            problem = config.Problem(text, since=self.unanswered_since)
+            return {"the broker answers": problem}
         found = {}
         if self.latest and not self.latest.ends:
             text = f"topic {topic} does not exist any more, or this user may not see it"
@@ -603,10 +607,10 @@ class Monitor:
         return found
 
     def lag(self, now: float) -> dict[int, int | None]:
-        """Records not yet done, by partition; None where the brokers did not say lately."""
+        """Records not yet committed, by partition; None where the brokers did not say lately."""
         known = self.latest.ends if self.latest and now - self.unanswered_since < 2 else {}
         return {
-            tp.partition: max(0, known[tp] - partition.done()) if tp in known else None
+            tp.partition: max(0, known[tp] - partition.committed) if tp in known else None
             for tp, partition in list(self.sink.partitions.items())
         }
 
@@ -696,6 +700,7 @@ class Sink(ConsumerRebalanceListener):
     polled_at: float = -math.inf
     stepped_at: float = math.inf
     waits_since: float = math.inf  # for a poll to end, or for a partition
+    assigned: bool = False  # whether a partition is
 
     def __post_init__(self) -> None:
         self.notices = config.Notices(self.clock)
@@ -749,6 +754,8 @@ class Sink(ConsumerRebalanceListener):
                 raise_unless_transient(error)
             self.suspect()
             self.rewind()
+        if self.clock() - self.polled_at > 0.5:
+            self.suspect()
         if new := self.unsettled():
             self.settle(new)
         if self.partitions:
@@ -866,6 +873,8 @@ class Sink(ConsumerRebalanceListener):
         self.stats.retries += 1
         if partition.hold is None:
             partition.hold, taken.failed_since, taken.pause = taken, now, 0.05
+            if flaw(taken.record.value):
+                taken.what = f"topic {self.settings.kafka_dlq_topic}"
             self.stats.holds += 1
             self.at_once, self.link_is_slow = 1, isinstance(error, TimeoutError)
             for waiting in chain.from_iterable(p.line for p in self.partitions.values()):
@@ -889,10 +898,8 @@ class Sink(ConsumerRebalanceListener):
         found: dict[str, config.Problem] = {}
         holds = [partition.hold for partition in self.partitions.values() if partition.hold]
         for taken in sorted(holds, key=lambda taken: taken.failed_since):
-            record, error = taken.record, taken.error
+            record, error, what = taken.record, taken.error, taken.what
             assert error
-            dead = flaw(record.value)
-            what = f"topic {self.settings.kafka_dlq_topic}" if dead else "S3"
             place = f"{record.topic}/{record.partition}/{record.offset}: {explain(error)}"
             text = f"{what} failing, holding at {place}; nothing is skipped"
             if earlier := found.get(f"{what} answers"):
@@ -967,8 +974,8 @@ class Sink(ConsumerRebalanceListener):
             partition = Partition(begun[tp], begun[tp], moved_at=self.clock())
             if tp in look.committed:
                 partition.lost = look.committed[tp].metadata.removeprefix("lost ")
-                text = "%s/%d: the group goes on at offset %d; what is before was done earlier"
-                log.info(text, *tp, begun[tp])
+                text = "%s/%d: the group goes on at its position %d; what is before it was written"
+                log.info(f"{text} by earlier runs, where these were told to", *tp, begun[tp])
             self.partitions[tp] = partition
             self.last_committed[tp] = begun[tp]
         if new - begun.keys():  # their leader does not answer, or is not known yet
@@ -1054,30 +1061,32 @@ class Sink(ConsumerRebalanceListener):
     def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
         """Finish what is under way and commit it; without waiting for the broker, which
         kafka-python 3 forbids in here: the commit travels ahead of what gives them up."""
-        with suppress(Failure):  # whoever has the partition next meets it again
-            self.drain(2)
-            self.wait_for_look(1)
-            if self.verify() and self.partitions:
-                positions = {tp: p.to_commit() for tp, p in self.partitions.items()}
-                self.consumer.commit_async(positions)
-                self.last_committed |= {tp: at.offset for tp, at in positions.items()}
-        self.partitions.clear()
-        self.stats.holding.clear()
-        # kafka-python 3 forgets a join that outlasts the poll it began in, unless it is asked for.
-        self.consumer._coordinator.request_rejoin()
+        try:
+            with suppress(Failure):  # whoever has the partition next meets it again
+                self.drain(2)
+                self.wait_for_look(1)
+                if self.partitions and self.verify():
+                    positions = {tp: p.to_commit() for tp, p in self.partitions.items()}
+                    self.consumer.commit_async(positions)
+        finally:
+            self.partitions.clear()
+            self.assigned = False
+            self.stats.holding.clear()
+            # kafka-python 3 forgets a join that outlasts its poll, unless it is asked for.
+            self.consumer._coordinator.request_rejoin()
 
     def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
         self.consumer.pause(*assigned)
         for tp in assigned:
             self.consumer.seek(tp, 0)  # else the client looks for a position of its own
-        self.waits_since = self.clock()
+        self.waits_since, self.assigned = self.clock(), bool(assigned)
         self.suspect()
         log.info("assigned: %s", ", ".join(f"{t}/{p}" for t, p in sorted(assigned)) or "nothing")
 
     def waits_for_group(self, now: float) -> str:
         """Why there is no partition to take records from; "" when there is one."""
         group, topic = self.settings.kafka_group_id, self.settings.kafka_topic
-        if now - self.waits_since < 2:
+        if now - self.waits_since < 2 or self.assigned:
             return ""
         if now - self.polled_at < 1:
             return (
@@ -1231,10 +1240,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             from infra import audit
 
             return audit.run(settings, stop)
-        metadata = config.check_kafka(settings)
-        if settings.kafka_dlq_topic not in metadata.topics:
+        if settings.kafka_dlq_topic not in config.check_kafka(settings):
             text = "KAFKA_DLQ_TOPIC=%s does not exist: create it; what is no JSON object waits"
             log.warning(text, settings.kafka_dlq_topic)
+        if settings.s3_max_concurrency > WINDOW:
+            text = "S3_MAX_CONCURRENCY=%d: there are %d uploads at once at most"
+            log.warning(text, settings.s3_max_concurrency, WINDOW)
         bucket = Bucket(settings)
         check_bucket(bucket)
         consume(settings, bucket, stop, args.max_messages)

@@ -340,8 +340,8 @@ unpack_kafka() {
     fetch "$1.sha512" "$tgz.sha512"
     sum="$(checksum "$tgz.sha512")" || die "no SHA-512 in $1.sha512"
     [[ "$(sha512sum <"$tgz")" == "$sum  -" ]] ||
-        die "wrong checksum: $1 is not the file that its .sha512 describes; nothing was installed," \
-            "download it again"
+        die "wrong checksum: $1 is not the file that its .sha512 describes;" \
+            "nothing was installed, download it again"
     tar -xzf "$tgz" -C "$WORK" --no-same-owner
     [[ -f $WORK/$NAME/libs/$NAME.jar && -x $WORK/$NAME/bin/kafka-server-start.sh ]] ||
         die "no $NAME in $1"
@@ -354,7 +354,7 @@ keep_setup() {
     local file
     for file in "${FILES[@]}"; do
         case $file in
-            *.sh) put "$KEPT/$file" 755 root:root ;;
+            setup_kafka.sh) put "$KEPT/$file" 755 root:root ;;
             *) put "$KEPT/$file" 644 root:root ;;
         esac <"$HERE/$file"
     done
@@ -728,10 +728,9 @@ user_data() {
     rm -r "$folder"
     cat <<EOF
 #!/bin/bash
-# Made by setup_kafka.sh --user-data. The log can hold a password: only root reads it.
-set -euo pipefail
+set -euo pipefail # made by setup_kafka.sh --user-data
 umask 022
-install -m 600 /dev/null /var/log/kafka-setup.log
+install -m 600 /dev/null /var/log/kafka-setup.log # it can hold a password
 exec >/var/log/kafka-setup.log 2>&1
 mkdir -p $KEPT
 base64 -d <<'END' | tar -xz -C $KEPT
