@@ -494,7 +494,7 @@ class _Json(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        for name in ("topic", "partition", "offset", "key"):
+        for name in ("topic", "partition", "offset", "key", "lag"):
             if hasattr(record, name):
                 line[name] = getattr(record, name)
         if record.exc_info:
@@ -575,9 +575,10 @@ def setup_logging(settings: Settings) -> None:
     errors.addFilter(lambda record: record.name != "root")
 
 
-def status(logger: logging.Logger, text: str, *args: object) -> None:
-    """A line on the state: in place on a terminal, an ordinary line elsewhere."""
-    logger.info(text, *args, extra={"status": True})
+def status(logger: logging.Logger, text: str, *args: object, **fields: object) -> None:
+    """A line on the state: in place on a terminal, an ordinary line elsewhere. `fields` are those
+    of the JSON line."""
+    logger.info(text, *args, extra={"status": True, **fields})
 
 
 class Problem(NamedTuple):

@@ -645,6 +645,7 @@ class Monitor:
             stats.written,
             f" of {limit:.0f}{left}" if limit < math.inf else "",
             *(rate, lag, stats.retries, stats.dead_letters),
+            lag=lag,
         )
 
 
