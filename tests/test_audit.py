@@ -474,6 +474,21 @@ def test_records_that_retention_removed_before_they_were_written_are_named(audit
     assert said.endswith(": 4 lost")  # 3 has its object, the topic has 9 to 12
 
 
+def test_a_range_of_lost_records_may_hold_some_that_were_not(sealed):
+    """The consumer merges its oldest ranges when they become too many."""
+    sealed.values[0] += [b"{}"] * 10
+    sealed.begins[0] = sealed.committed[0] = 30
+    sealed.metadata[0] = "lost 3-28"
+    sealed.objects["raw/stock_market_25.json"] = b"{}"
+    code, said = sealed.run()
+    assert code == 1
+    lost = [line for line in said.splitlines() if line.startswith("LOST")]
+    assert [re.search(r"offsets (\d+ to \d+)", line)[1] for line in lost] == [
+        "20 to 24",
+        "26 to 28",
+    ]
+
+
 def test_an_audit_that_could_compare_nothing_is_no_proof(audited):
     audited.committed = {0: 0, 1: None, 2: 0}
     audited.objects.clear()
