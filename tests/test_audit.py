@@ -49,6 +49,7 @@ def lines(caplog):
             if (record.name == "output") == (name == "output")
         ]
 
+    said.clear = caplog.clear
     return said
 
 
@@ -152,9 +153,9 @@ class Audited:
         return self.said(Verify(self.settings, self, SimpleNamespace(requested=False)).run(root))
 
     def said(self, proof):
-        before = len(self.lines("output"))
+        self.lines.clear()
         code = asyncio.run(proof)
-        return code, "\n".join(self.lines("output")[before:])
+        return code, "\n".join(self.lines("output"))
 
     def put(self, key, value, days=1):
         """Change an object, so many days from now."""
