@@ -39,15 +39,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from hashlib import md5
 from itertools import chain
+from types import SimpleNamespace
 from typing import Any, NamedTuple
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import aiohttp
 import botocore.handlers
 import fsspec.asyn
 from aiobotocore.session import AioSession
 from botocore.auth import S3SigV4Auth
-from botocore.awsrequest import AWSRequest
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 from botocore.httpsession import ProxyConfiguration, get_cert_path
 from botocore.parsers import ResponseParserError
@@ -173,6 +173,18 @@ class Answer(NamedTuple):
         return S3Error(code, f"no S3 answer ({kind}): is a proxy or another server in between?")
 
 
+class _Signer(S3SigV4Auth):
+    """botocore's signer, on plain dictionaries: its own class of headers takes two thirds of the
+    time of a signature."""
+
+    def headers_to_sign(self, request: Any) -> dict[str, str]:
+        host = {"host": urlsplit(request.url).netloc}
+        return host | {name.lower(): text for name, text in request.headers.items()}
+
+    def canonical_headers(self, headers: Mapping[str, str]) -> str:
+        return "\n".join(f"{name}:{headers[name]}" for name in sorted(headers))
+
+
 class SignedHttp:
     """Signed requests to the address of a bucket, with botocore's signer and aiohttp.
 
@@ -198,8 +210,10 @@ class SignedHttp:
     ) -> Answer:
         """Raises TimeoutError after TIMEOUT seconds in which no byte moved."""
         url = self.address + quote(name, safe="/~")
-        request = AWSRequest(method, url, headers, value)
-        S3SigV4Auth(keys, "s3", self.region).add_auth(request)
+        request = SimpleNamespace(
+            method=method, url=url, params=None, headers=dict(headers), body=value, context={}
+        )
+        _Signer(keys, "s3", self.region).add_auth(request)
         now = asyncio.get_running_loop().time
         body = bytearray()
         async with asyncio.timeout(TIMEOUT) as silence:
