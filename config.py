@@ -68,7 +68,7 @@ from kafka.record.default_records import DefaultRecord, DefaultRecordBatch
 _CODECS = {"snappy": "python-snappy", "lz4": "lz4", "zstd": "zstandard"}  # name: package
 HERE = Path(__file__).resolve().parent
 log = logging.getLogger(__name__)
-output = logging.getLogger("output")  # the line about each record, to stdout
+output = logging.getLogger("records")  # the line about each record, to stdout
 
 
 class SettingsError(Exception):

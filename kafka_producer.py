@@ -165,11 +165,12 @@ class CsvFile:
     def chunks(self) -> Iterator[pd.DataFrame]:
         """The rows as text, CHUNK at a time, as columns with the names that pandas gives."""
         options: dict[str, Any] = {"dtype": object, "na_filter": False, "index_col": False}
+        rows = 0
         try:
             for chunk in pd.read_csv(self.path, chunksize=CHUNK, **self.format, **options):
                 yield chunk
-                rows = int(chunk.index[-1]) + 1
-                if rows % PROGRESS == 0:
+                rows += len(chunk)
+                if rows and rows % PROGRESS == 0:
                     status(log, "reading %s: %d rows", self.path.name, rows)
         except pd.errors.ParserError:
             raise self.wrong(f"has a quote in line {self.last_line} that nothing closes") from None
