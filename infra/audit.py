@@ -1041,14 +1041,15 @@ class Audit(Proof):
     def still_lost(self, partition: int) -> Iterator[tuple[int, int]]:
         """Ranges (first, last) of what was lost and is neither an object nor a dead letter."""
         begin = self.ledgers[partition].begin  # what the topic has is looked at by itself
-        found = sorted(offset for p, offset in self.found if p == partition)
+        known = [(offset, offset) for p, offset in self.found if p == partition]
+        known += [(part.begin, part.until - 1) for part in self.sealed.get(partition, ())]
         for first, last in self.lost[partition]:
             last = min(last, begin - 1)
-            for offset in found:
-                if first <= offset <= last:
-                    if first < offset:
-                        yield first, offset - 1
-                    first = offset + 1
+            for start, end in sorted(known):
+                if first <= end and start <= last:
+                    if first < start:
+                        yield first, start - 1
+                    first = end + 1
             if first <= last:
                 yield first, last
 

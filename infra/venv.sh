@@ -147,7 +147,8 @@ install() {
     [ ! "$done_before" -nt "$ROOT/pyproject.toml" ] || return 0
     check_writable
     if command -v uv >/dev/null; then
-        installer=(uv pip install --python "$VENV/bin/python")
+        # uv leaves its locks in the temporary folder
+        installer=(env "TMPDIR=$VENV" uv pip install --python "$VENV/bin/python")
     else
         "$VENV/bin/python" -m pip --version >/dev/null 2>&1 \
             || "$VENV/bin/python" -m ensurepip >"$LOG" 2>&1 \

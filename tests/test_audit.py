@@ -49,6 +49,7 @@ def lines(caplog):
             if (record.name == "output") == (name == "output")
         ]
 
+    said.clear = caplog.clear
     return said
 
 
@@ -152,9 +153,9 @@ class Audited:
         return self.said(Verify(self.settings, self, SimpleNamespace(requested=False)).run(root))
 
     def said(self, proof):
-        before = len(self.lines("output"))
+        self.lines.clear()
         code = asyncio.run(proof)
-        return code, "\n".join(self.lines("output")[before:])
+        return code, "\n".join(self.lines("output"))
 
     def put(self, key, value, days=1):
         """Change an object, so many days from now."""
@@ -472,6 +473,21 @@ def test_records_that_retention_removed_before_they_were_written_are_named(audit
     assert "LOST: test/0 offsets 2 to 2: retention removed them before they were written" in said
     assert "LOST: test/0 offsets 6 to 8" in said
     assert said.endswith(": 4 lost")  # 3 has its object, the topic has 9 to 12
+
+
+def test_a_range_of_lost_records_may_hold_some_that_were_not(sealed):
+    """The consumer merges its oldest ranges when they become too many."""
+    sealed.values[0] += [b"{}"] * 10
+    sealed.begins[0] = sealed.committed[0] = 30
+    sealed.metadata[0] = "lost 3-28"
+    sealed.objects["raw/stock_market_25.json"] = b"{}"
+    code, said = sealed.run()
+    assert code == 1
+    lost = [line for line in said.splitlines() if line.startswith("LOST")]
+    assert [re.search(r"offsets (\d+ to \d+)", line)[1] for line in lost] == [
+        "20 to 24",
+        "26 to 28",
+    ]
 
 
 def test_an_audit_that_could_compare_nothing_is_no_proof(audited):
