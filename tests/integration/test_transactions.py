@@ -65,7 +65,13 @@ def test_markers_do_not_count_as_messages(run, env, kafka, topic, objects):
     assert "stock_market_6.json" in objects()
 
 
-@pytest.mark.parametrize("mark", [b"\0\0\0\0", pytest.param(b"\0\0\0\1", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "mark",
+    [
+        pytest.param(b"\0\0\0\0", id="abort"),
+        pytest.param(b"\0\0\0\1", id="commit", marks=pytest.mark.slow),
+    ],
+)
 def test_records_that_look_like_markers_are_records(run, env, kafka, topic, objects, mark):
     """Four bytes of key and six of value are what a marker has; a record may have them too."""
     values = [b'{"":1}', b"\0\0\0\0\0\0", b'{"n": 2}']
