@@ -41,7 +41,7 @@ from hashlib import md5
 from itertools import chain
 from types import SimpleNamespace
 from typing import Any, NamedTuple
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import aiohttp
 import botocore.handlers
@@ -178,7 +178,7 @@ class _Signer(S3SigV4Auth):
     time of a signature."""
 
     def headers_to_sign(self, request: Any) -> dict[str, str]:
-        host = {"host": urlsplit(request.url).netloc}
+        host = {"host": URL(request.url, encoded=True).host_port_subcomponent}
         return host | {name.lower(): text for name, text in request.headers.items()}
 
     def canonical_headers(self, headers: Mapping[str, str]) -> str:
@@ -593,7 +593,7 @@ class Monitor:
             if self.asking.exception() is None:
                 self.latest = self.asking.result()
             self.asking = None
-        wanted = self.latest is None or self.latest.asked_at < self.sink.look_wanted_at
+        wanted = self.latest is None or self.latest.asked_at <= self.sink.look_wanted_at
         if self.asking is None and now - self.asked_at >= (0.05 if wanted else LOOK_EVERY):
             self.asked_at, self.unanswered_since = now, min(self.unanswered_since, now)
             self.asking = self.ask(now, self.heard)
@@ -956,7 +956,7 @@ class Sink(ConsumerRebalanceListener):
     def positions(self) -> Look | None:
         """What the group has committed, when that was asked since it was wanted."""
         look = self.monitor.latest
-        fresh = look and look.asked_at >= self.look_wanted_at
+        fresh = look and look.asked_at > self.look_wanted_at
         return look if fresh else None
 
     def verify(self) -> bool:
@@ -1237,7 +1237,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def needs_bucket(values: Mapping[str, Any]) -> str:
+def bucket_is_set(values: Mapping[str, Any]) -> str:
     if values.get("s3_bucket", True):
         return ""
     return "S3_BUCKET is not set: name the bucket, in .env or the environment"
@@ -1273,7 +1273,7 @@ def consume(settings: Settings, bucket: Bucket, stop: config.Stop, limit: float)
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     try:
-        settings = Settings.from_env(config.environment({}), needs_bucket)
+        settings = Settings.from_env(config.environment({}), bucket_is_set)
         config.setup_logging(settings)
         stop = config.Stop()
         if args.audit:
