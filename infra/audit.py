@@ -45,7 +45,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from hashlib import md5, sha256
@@ -58,7 +58,7 @@ from aiobotocore.config import AioConfig
 from aiobotocore.session import AioSession
 from botocore.exceptions import BotoCoreError, ClientError
 from botocore.parsers import ResponseParserError
-from kafka import KafkaConsumer, TopicPartition
+from kafka import TopicPartition
 from kafka.errors import KafkaError
 
 from config import (
@@ -71,8 +71,9 @@ from config import (
     environment,
     explain,
     is_marker,
+    last_words,
+    make_consumer,
     output,
-    printable,
     setup_logging,
     status,
 )
@@ -196,14 +197,15 @@ async def open_bucket(settings: Settings) -> AsyncIterator[Bucket]:
         read_timeout=60,
         retries={"total_max_attempts": 1},
     )
-    try:
+    async with AsyncExitStack() as stack:
         client = AioSession().create_client(
             "s3", endpoint_url=settings.s3_endpoint_url, config=options
         )
-        async with client as opened:
-            yield Bucket(settings, opened)
-    except (BotoCoreError, ValueError) as error:  # a profile or an address that cannot be used
-        raise Failure(f"S3_BUCKET={settings.s3_bucket}: {explain(error)}") from None
+        try:
+            opened = await stack.enter_async_context(client)
+        except (BotoCoreError, ValueError) as error:  # a profile or an address of no use
+            raise Failure(f"S3_BUCKET={settings.s3_bucket}: {explain(error)}") from None
+        yield Bucket(settings, opened)
 
 
 class Folder:
@@ -241,16 +243,10 @@ class Folder:
 # ------------------------------------------------------------------------------------- the topic
 
 
-class LastWords(logging.Handler):
-    """Keeps the Kafka client's last warning: it only logs why it gets no records."""
-
-    text = ""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.text = printable(record.getMessage())
-
-    def said(self) -> str:
-        return f" (the client says: {self.text})" if self.text else ""
+def last_words_of_client() -> str:
+    """Why the client gets no records; it only logs that, as a warning."""
+    zstd = "; a topic with compression.type=zstd can be read with kafka-python 3 only"
+    return f"{last_words}{zstd if 'Unknown error fetching' in last_words.text else ''}"
 
 
 class Topics:
@@ -258,20 +254,11 @@ class Topics:
 
     def __init__(self, consumer: Any, progress: Callable[..., None]) -> None:
         self.consumer, self.progress = consumer, progress
-        self.words = LastWords(logging.WARNING)
 
     def __enter__(self) -> Topics:
-        client = logging.getLogger("kafka")
-        client.setLevel(logging.WARNING)
-        client.propagate = False
-        client.addHandler(self.words)
         return self
 
     def __exit__(self, *error: object) -> None:
-        client = logging.getLogger("kafka")
-        client.setLevel(logging.CRITICAL)  # it calls every end a failure
-        client.removeHandler(self.words)
-        client.propagate = True
         self.consumer.close(autocommit=False)
 
     def partitions(self, topic: str) -> list[TopicPartition]:
@@ -307,7 +294,7 @@ class Topics:
                 raise Failure(
                     f"{tp.topic}/{tp.partition}: no records came for {PATIENCE:.0f} s from offset"
                     f" {position} on, of those up to {until}: the audit proves nothing"
-                    f"{self.words.said()}"
+                    f"{last_words_of_client()}"
                 )
             yield moved, batch
 
@@ -319,7 +306,7 @@ class Topics:
             deadline = time.monotonic() + seconds
             while not self.consumer.poll(timeout_ms=500):
                 if time.monotonic() > deadline:
-                    return self.words.said()
+                    return last_words_of_client()
         return ""
 
 
@@ -1054,14 +1041,15 @@ class Audit(Proof):
     def still_lost(self, partition: int) -> Iterator[tuple[int, int]]:
         """Ranges (first, last) of what was lost and is neither an object nor a dead letter."""
         begin = self.ledgers[partition].begin  # what the topic has is looked at by itself
-        found = sorted(offset for p, offset in self.found if p == partition)
+        known = [(offset, offset) for p, offset in self.found if p == partition]
+        known += [(part.begin, part.until - 1) for part in self.sealed.get(partition, ())]
         for first, last in self.lost[partition]:
             last = min(last, begin - 1)
-            for offset in found:
-                if first <= offset <= last:
-                    if first < offset:
-                        yield first, offset - 1
-                    first = offset + 1
+            for start, end in sorted(known):
+                if first <= end and start <= last:
+                    if first < start:
+                        yield first, start - 1
+                    first = end + 1
             if first <= last:
                 yield first, last
 
@@ -1116,17 +1104,9 @@ class Audit(Proof):
 
 
 async def audit(settings: Settings, stop: Stop, sealing: bool) -> int:
-    # kafka-python 3 leaves aborted records out only when it is asked to; kafka-python-ng cannot.
-    committed = {"isolation_level": "read_committed"}
     async with open_bucket(settings) as bucket:
         await bucket.check()
-        consumer = KafkaConsumer(
-            **settings.kafka(),
-            group_id=settings.kafka_group_id,
-            enable_auto_commit=False,
-            auto_offset_reset="earliest",
-            **(committed if "isolation_level" in KafkaConsumer.DEFAULT_CONFIG else {}),
-        )
+        consumer = make_consumer(settings, auto_offset_reset="earliest")
         return await Audit(settings, bucket, consumer, stop, sealing).run()
 
 
@@ -1189,10 +1169,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def needs_bucket(values: Mapping[str, Any]) -> str:
+    if values.get("s3_bucket", True):
+        return ""
+    return "S3_BUCKET is not set: name the bucket, in .env or the environment"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     try:
-        settings = Settings.from_env(environment({}))
+        settings = Settings.from_env(environment({}), *([] if args.folder else [needs_bucket]))
         setup_logging(settings)
         stop = Stop()
         if args.verify:

@@ -5,8 +5,22 @@ import time
 from contextlib import ExitStack
 
 import pytest
-from helpers import commit, committed, memory, object_name, produce, records
+from confluent_kafka import Producer
+from helpers import (
+    commit,
+    committed,
+    delete_records,
+    memory,
+    object_name,
+    produce,
+    records,
+    until,
+)
+from kafka import KafkaConsumer, OffsetAndMetadata, TopicPartition
+from local_stack import API_VERSION
 from s3_faults import FaultyS3
+
+from config import KafkaClient  # None with kafka-python 3
 
 pytestmark = pytest.mark.real
 
@@ -154,6 +168,149 @@ def test_objects_whose_etag_is_no_md5_are_read(run, env, kafka, topic, changed, 
         code, said = audit(run, {**env, "S3_ENDPOINT_URL": s3.endpoint})
     assert code == wanted, said
     assert ("stock_market_31.json" in said) == changed
+
+
+def put_objects(client, bucket, values):
+    """Objects for {offset: value}, as a consumer would have made them."""
+    for offset, value in values.items():
+        client.put_object(Bucket=bucket, Key=object_name(0, offset), Body=value)
+
+
+def test_transaction_markers_are_known_and_a_record_that_looks_like_one_is_a_record(
+    run, env, kafka, topic, client, bucket
+):
+    producer = Producer({"bootstrap.servers": kafka.bootstrap, "transactional.id": topic})
+    producer.init_transactions(20)
+    for end in (producer.commit_transaction, producer.abort_transaction):
+        producer.begin_transaction()
+        for _ in range(2):
+            producer.produce(topic, b'{"n": 1}')
+        producer.flush(20)
+        end(20)
+    # offsets 0 and 1, a marker, 3 and 4 (aborted), a marker, and with the key of one and as long:
+    produce(kafka.bootstrap, topic, [b"{}    "], keys=[b"\0\0\0\1"])
+    commit(kafka.bootstrap, env["KAFKA_GROUP_ID"], topic, 7)
+    put_objects(client, bucket, dict.fromkeys((0, 1, 3, 4), b'{"n": 1}') | {6: b"{}    "})
+    code, said = audit(run, env)
+    assert code == 0, said
+    if KafkaClient:
+        assert "5 objects, 2 transaction markers" in said
+    client.delete_object(Bucket=bucket, Key="stock_market_6.json")
+    code, said = audit(run, env)
+    assert code == 1
+    assert "offsets 6 to 6" in said and "1 missing" in said
+
+
+@pytest.mark.slow
+def test_an_object_whose_record_was_compacted_away_is_no_stray(
+    run, env, kafka, topic, client, bucket
+):
+    compacted = {
+        "cleanup.policy": "compact",
+        "segment.ms": "100",
+        "min.cleanable.dirty.ratio": "0.01",
+        "min.compaction.lag.ms": "0",
+    }
+    topic = f"{topic}_compacted"
+    kafka.create_topic(topic, config=compacted)
+    values = {n: b'{"n": %d}' % n for n in range(20)}
+    produce(kafka.bootstrap, topic, values.values(), keys=[b"same"] * 20)
+
+    def compact():
+        time.sleep(0.2)  # a segment is closed by the first record after its time
+        produce(kafka.bootstrap, topic, [b"{}"], keys=[b"another"])
+        return len(records(kafka.bootstrap, topic)) < 10
+
+    until(compact, 90, "the topic compacted")
+    put_objects(client, bucket, values)
+    commit(kafka.bootstrap, env["KAFKA_GROUP_ID"], topic, 20)
+    code, said = audit(run, {**env, "KAFKA_TOPIC": topic})
+    assert code == 0, said
+    assert "that outlive their records" in said
+    client.delete_object(Bucket=bucket, Key="stock_market_19.json")
+    code, said = audit(run, {**env, "KAFKA_TOPIC": topic})
+    assert code == 1
+    assert "offsets 19 to 19" in said and "1 missing" in said
+
+
+@pytest.mark.skipif(not KafkaClient, reason="kafka-python 3 can read it")
+def test_a_topic_that_the_broker_refuses_to_hand_out_is_never_clean(
+    run, env, kafka, topic, client, bucket
+):
+    topic = f"{topic}_zstd"
+    kafka.create_topic(topic, config={"compression.type": "zstd"})
+    produce(kafka.bootstrap, topic, [b"{}"] * 5)
+    env = {**env, "KAFKA_TOPIC": topic}
+    commit(kafka.bootstrap, env["KAFKA_GROUP_ID"], topic, 0)
+    code, said = audit(run, env)
+    assert code == 1
+    assert f"nothing was checked: topic {topic} has 5 records" in said
+    assert "the client says: Unknown error fetching" in said and "zstd" in said
+    put_objects(client, bucket, dict.fromkeys(range(5), b"{}"))
+    commit(kafka.bootstrap, env["KAFKA_GROUP_ID"], topic, 5)
+    code, said = audit(run, env, timeout=60)
+    assert code == 1
+    assert f"{topic}/0: no records came for" in said
+    assert "the client says: Unknown error fetching" in said and "zstd" in said
+
+
+def test_what_the_consumer_noted_as_lost_is_named(run, env, kafka, topic, client, bucket):
+    produce(kafka.bootstrap, topic, [b"{}"] * 20)
+    delete_records(kafka.bootstrap, topic, before=10)
+    put_objects(client, bucket, dict.fromkeys([*range(5), *range(10, 20)], b"{}"))
+    consumer = KafkaConsumer(
+        bootstrap_servers=kafka.bootstrap,
+        group_id=env["KAFKA_GROUP_ID"],
+        api_version=API_VERSION,
+        enable_auto_commit=False,
+    )
+    consumer.assign([TopicPartition(topic, 0)])
+    consumer.commit({TopicPartition(topic, 0): OffsetAndMetadata(20, "lost 5-9")})
+    consumer.close()
+    code, said = audit(run, env)
+    assert code == 1
+    assert f"LOST: {topic}/0 offsets 5 to 9: retention removed them before" in said
+    assert "5 lost" in said
+
+
+@pytest.fixture
+def unlike(env, kafka, topic):
+    """A store whose ETags are no MD5 of the 20 objects, which therefore have to be read."""
+    produce(kafka.bootstrap, topic, [b'{"n": %d}' % n for n in range(20)])
+    commit(kafka.bootstrap, env["KAFKA_GROUP_ID"], topic, 20)
+    with FaultyS3() as s3:
+        for n in range(20):
+            key = f"{env['S3_BUCKET']}/{object_name(0, n)}"
+            s3.store[key] = b'{"n": %d}' % n
+            s3.etags[key] = f"{n:032x}-1"
+        env["S3_ENDPOINT_URL"] = s3.endpoint
+        yield s3
+
+
+def requests(s3, operation):
+    return [request for request in list(s3.requests) if request.operation == operation]
+
+
+@pytest.mark.parametrize("operation", ["list", "get"])
+@pytest.mark.parametrize("fault", ["503", "torn", "reset"])
+def test_a_request_that_fails_is_made_again(run, env, unlike, fault, operation):
+    unlike.fail(fault, only=(operation,))
+    script = run("kafka_consumer.py", "--audit", env=env)
+    until(lambda: requests(unlike, operation), what=f"{fault} of {operation}")
+    unlike.heal()
+    assert script.wait() == 0, script.stderr
+    assert "Traceback" not in script.stderr
+
+
+@pytest.mark.parametrize("fault", ["503", "torn", "reset"])
+def test_an_object_that_cannot_be_read_is_named_in_one_line(run, env, unlike, fault):
+    unlike.fail(fault, only=("get",))
+    script = run("kafka_consumer.py", "--audit", env=env)
+    assert script.wait() == 1
+    assert len(script.lines("stderr")) == 1, script.stderr
+    assert f"s3://{env['S3_BUCKET']}/stock_market_" in script.stderr
+    keys = [request.key for request in requests(unlike, "get")]
+    assert max(map(keys.count, keys)) == 3
 
 
 @pytest.mark.slow
