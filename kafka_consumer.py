@@ -990,7 +990,9 @@ class Sink(ConsumerRebalanceListener):
             self.wait([Future()], 0.02)
 
     def unsettled(self) -> set[TopicPartition]:
-        return self.consumer.assignment() - self.partitions.keys()
+        """Assigned, and without a position. The client itself still shows the partitions of an
+        earlier assignment while it joins the group again."""
+        return set(self.assigned - self.partitions.keys())
 
     def settle(self, new: set[TopicPartition]) -> None:
         """Give newly assigned partitions, paused since, their position. Where the group has none
