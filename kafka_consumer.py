@@ -178,7 +178,7 @@ class _Signer(S3SigV4Auth):
     time of a signature."""
 
     def headers_to_sign(self, request: Any) -> dict[str, str]:
-        host = {"host": URL(request.url, encoded=True).host_port_subcomponent}
+        host = {"host": URL(request.url, encoded=True).host_port_subcomponent or ""}
         return host | {name.lower(): text for name, text in request.headers.items()}
 
     def canonical_headers(self, headers: Mapping[str, str]) -> str:
