@@ -1295,6 +1295,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Failure, *EXPECTED) as error:
         log.error("%s", error if isinstance(error, Failure) else explain(error))
         return 1
+    except Exception as error:  # of the Kafka client's own, say: its issues know some
+        text = "ended unexpectedly by %s: %s; nothing is lost, start it again"
+        log.error(text, type(error).__name__, error, exc_info=log.isEnabledFor(logging.DEBUG))
+        return 1
     return 0
 
 
