@@ -39,6 +39,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from hashlib import md5
 from itertools import chain
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
@@ -47,7 +48,6 @@ import botocore.handlers
 import fsspec.asyn
 from aiobotocore.session import AioSession
 from botocore.auth import S3SigV4Auth
-from botocore.awsrequest import AWSRequest
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 from botocore.httpsession import ProxyConfiguration, get_cert_path
 from botocore.parsers import ResponseParserError
@@ -173,6 +173,18 @@ class Answer(NamedTuple):
         return S3Error(code, f"no S3 answer ({kind}): is a proxy or another server in between?")
 
 
+class _Signer(S3SigV4Auth):
+    """botocore's signer, on plain dictionaries: its own class of headers takes two thirds of the
+    time of a signature."""
+
+    def headers_to_sign(self, request: Any) -> dict[str, str]:
+        host = {"host": URL(request.url, encoded=True).host_port_subcomponent}
+        return host | {name.lower(): text for name, text in request.headers.items()}
+
+    def canonical_headers(self, headers: Mapping[str, str]) -> str:
+        return "\n".join(f"{name}:{headers[name]}" for name in sorted(headers))
+
+
 class SignedHttp:
     """Signed requests to the address of a bucket, with botocore's signer and aiohttp.
 
@@ -198,8 +210,10 @@ class SignedHttp:
     ) -> Answer:
         """Raises TimeoutError after TIMEOUT seconds in which no byte moved."""
         url = self.address + quote(name, safe="/~")
-        request = AWSRequest(method, url, headers, value)
-        S3SigV4Auth(keys, "s3", self.region).add_auth(request)
+        request = SimpleNamespace(
+            method=method, url=url, params=None, headers=dict(headers), body=value, context={}
+        )
+        _Signer(keys, "s3", self.region).add_auth(request)
         now = asyncio.get_running_loop().time
         body = bytearray()
         async with asyncio.timeout(TIMEOUT) as silence:
@@ -579,7 +593,7 @@ class Monitor:
             if self.asking.exception() is None:
                 self.latest = self.asking.result()
             self.asking = None
-        wanted = self.latest is None or self.latest.asked_at < self.sink.look_wanted_at
+        wanted = self.latest is None or self.latest.asked_at <= self.sink.look_wanted_at
         if self.asking is None and now - self.asked_at >= (0.05 if wanted else LOOK_EVERY):
             self.asked_at, self.unanswered_since = now, min(self.unanswered_since, now)
             self.asking = self.ask(now, self.heard)
@@ -942,7 +956,7 @@ class Sink(ConsumerRebalanceListener):
     def positions(self) -> Look | None:
         """What the group has committed, when that was asked since it was wanted."""
         look = self.monitor.latest
-        fresh = look and look.asked_at >= self.look_wanted_at
+        fresh = look and look.asked_at > self.look_wanted_at
         return look if fresh else None
 
     def verify(self) -> bool:
@@ -1223,7 +1237,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def needs_bucket(values: Mapping[str, Any]) -> str:
+def bucket_is_set(values: Mapping[str, Any]) -> str:
     if values.get("s3_bucket", True):
         return ""
     return "S3_BUCKET is not set: name the bucket, in .env or the environment"
@@ -1259,7 +1273,7 @@ def consume(settings: Settings, bucket: Bucket, stop: config.Stop, limit: float)
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     try:
-        settings = Settings.from_env(config.environment({}), needs_bucket)
+        settings = Settings.from_env(config.environment({}), bucket_is_set)
         config.setup_logging(settings)
         stop = config.Stop()
         if args.audit:
