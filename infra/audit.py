@@ -313,7 +313,7 @@ class Topics:
 # ------------------------------------------------------------------------------------- the seals
 
 VERSION = 1
-SEAL_SIZE = 50_000  # offsets that a seal covers at most, beside those that retention had removed
+SEAL_SIZE = 20_000  # offsets that a seal covers at most, beside those that retention had removed
 SEAL_NAME = re.compile(r"_seals/partition=(0|[1-9][0-9]*)/(0|[1-9][0-9]*)-(0|[1-9][0-9]*)\.json")
 # What an offset is, by its letter in a seal.
 KINDS = {
