@@ -685,6 +685,19 @@ def test_a_topic_made_anew_does_not_have_what_was_sealed(audited):
     assert f"BROKEN: {FIRST}: sealed beyond the topic's end (10)" in audited.run()[1]
 
 
+def test_a_record_where_a_marker_was_sealed_is_named_and_the_other_way_round(audited):
+    audited.markers.add((0, 2))
+    object_2 = audited.objects.pop("raw/stock_market_2.json")
+    assert audited.seal()[0] == 0
+    audited.markers = {(0, 3)}
+    audited.objects["raw/stock_market_2.json"] = object_2
+    del audited.objects["raw/stock_market_3.json"]
+    code, said = audited.run()
+    assert code == 1
+    for offset in (2, 3):
+        assert f"DIFFERENT: test/0 offset {offset}: the topic's record is not" in said
+
+
 def test_a_bucket_without_seals_cannot_be_verified(audited):
     with pytest.raises(Failure, match=r"no seals under raw/_seals/: infra/audit\.py --seal"):
         audited.verify()
