@@ -4,10 +4,43 @@ The settings are declared once, in `Settings`; everything else here is what the 
 consumer would otherwise both have to say.
 """
 
+# ruff: noqa: E402 (what is installed is checked before it is imported)
+
 from __future__ import annotations
 
+import sys
+from contextlib import suppress
+from importlib import metadata
+from importlib.util import find_spec
+
+
+def _installation_problem() -> str:
+    """Why the scripts cannot run with what is installed, and what to do; "" when they can."""
+    install = f"{sys.executable} -m pip install -r requirements.txt"
+    if sys.version_info < (3, 11):  # noqa: UP036
+        return f"Python 3.11 or newer is needed, and this is {sys.version.split()[0]}"
+    missing = [name for name in ("dotenv", "kafka", "pandas", "s3fs") if not find_spec(name)]
+    if missing:
+        return f"packages are missing ({', '.join(missing)}): {install}"
+    clients = {}
+    for name in ("kafka-python", "kafka-python-ng"):  # both are imported as kafka
+        with suppress(metadata.PackageNotFoundError):
+            clients[name] = metadata.version(name)
+    if len(clients) > 1 or clients.get("kafka-python", "3") < "3":
+        there = " and ".join(f"{name} {version}" for name, version in clients.items())
+        remove = f"{sys.executable} -m pip uninstall -y kafka-python kafka-python-ng"
+        return f"{there} cannot be used, or not together: {remove}; {install}"
+    return ""
+
+
+if problem := _installation_problem():  # before the imports that it is about
+    print(problem, file=sys.stderr)
+    sys.exit(2)
+
 import argparse
-import collections
+import codecs
+import difflib
+import io
 import ipaddress
 import itertools
 import json
@@ -17,18 +50,16 @@ import os
 import re
 import signal
 import socket
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, fields
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from dotenv.parser import parse_stream
+from dotenv.parser import Binding, parse_stream
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition, codec
 from kafka.errors import KafkaError, UnsupportedCodecError
 from kafka.record import memory_records
@@ -37,7 +68,7 @@ from kafka.record.default_records import DefaultRecord, DefaultRecordBatch
 _CODECS = {"snappy": "python-snappy", "lz4": "lz4", "zstd": "zstandard"}  # name: package
 HERE = Path(__file__).resolve().parent
 log = logging.getLogger(__name__)
-output = logging.getLogger("output")  # the line about each record, to stdout
+output = logging.getLogger("records")  # the line about each record, to stdout
 
 
 class SettingsError(Exception):
@@ -74,6 +105,7 @@ NOT_S3 = "that is no answer of S3: is S3_ENDPOINT_URL right, is a proxy in betwe
 HINTS = {
     "AccessDenied": "does the policy allow s3:PutObject, s3:GetObject and s3:ListBucket here?",
     "EndpointConnectionError": "see S3_ENDPOINT_URL; is the server up?",
+    "KafkaTimeoutError": "does KAFKA_DLQ_TOPIC exist? Create it",
     "MessageSizeTooLargeError": "raise max.message.bytes of KAFKA_DLQ_TOPIC",
     "NoSuchBucket": "create it, or correct S3_BUCKET",
     "RequestTimeTooSkewed": "set this machine's clock",
@@ -102,6 +134,7 @@ def explain(error: BaseException) -> str:
     if isinstance(error, TimeoutError):
         message = "no answer in time"
     # A status in the place of a code: the answer had no error of S3 in it.
+    message = message.removeprefix(f"{code}: ")  # as the Kafka client's errors begin
     hint = NOT_S3 if code.isdecimal() else HINTS.get(code)
     if hint:
         message = f"{message} ({hint})"
@@ -142,10 +175,13 @@ def _optional(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def _choice(*allowed: str) -> Callable[[str], str]:
+    """One of `allowed`, whose case does not matter."""
+
     def parse(text: str) -> str:
-        if text not in allowed:
-            raise ValueError("must be one of " + ", ".join(name or "(empty)" for name in allowed))
-        return text
+        for name in allowed:
+            if name.lower() == text.lower():
+                return name
+        raise ValueError("must be one of " + ", ".join(name or "(empty)" for name in allowed))
 
     return parse
 
@@ -196,6 +232,8 @@ def _url(text: str) -> str:
 
 
 def _path(text: str) -> Path:
+    if not text:
+        raise ValueError("must name a file")
     return HERE / os.path.expanduser(text)
 
 
@@ -209,10 +247,16 @@ _bucket = _matching(
     r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]",
     "must be the bucket's name alone, without s3:// and without a path (see S3_PREFIX)",
 )
-_prefix = _matching(
-    r"(?!/)(?!.*//)(?!(.*/)?\.{1,2}/)[^\x00-\x1f\x7f\\]{0,900}",
-    "must not begin with / or hold //, ./, ../, a backslash or control characters",
-)
+
+
+def _prefix(text: str) -> str:
+    if not re.fullmatch(r"(?!/)(?!.*//)(?!(.*/)?\.{1,2}/)[^\x00-\x1f\x7f\\]*", text):
+        raise ValueError(
+            "must not begin with / or hold //, ./, ../, a backslash or control characters"
+        )
+    if len(text.encode()) > 900:  # S3 takes names of 1,024 bytes, and ours have up to 58 more
+        raise ValueError(f"must have at most 900 bytes, and has {len(text.encode())}")
+    return text
 
 
 @dataclass(frozen=True)
@@ -241,7 +285,7 @@ class Settings:
     s3_bucket: str = _setting("", _optional(_bucket))
     s3_prefix: str = _setting("", _prefix)
     s3_endpoint_url: str | None = _setting("", _optional(_url))
-    s3_max_concurrency: int = _setting("64", _number(1, 10_000))
+    s3_max_concurrency: int = _setting("64", _number(1, 256))  # records in hand
     log_level: str = _setting("INFO", _choice("DEBUG", "INFO", "WARNING", "ERROR"))
     log_format: str = _setting("text", _choice("text", "json"))
     metrics_port: int | None = _setting("", _optional(_number(1, 65535)))
@@ -250,8 +294,8 @@ class Settings:
     def from_env(
         cls, environ: Mapping[str, str], *checks: Callable[[Mapping[str, Any]], str]
     ) -> Settings:
-        """Build from `environ`. What a script cannot do without it says in `checks`: each is given
-        the values that are right so far and returns a problem, or "".
+        """Build from `environ`. Each of `checks`, which a script adds, is given the values that
+        could be read, by name, and returns a problem or "".
 
         Raises SettingsError with every problem at once.
         """
@@ -259,38 +303,18 @@ class Settings:
         problems = []
         for each in fields(cls):
             name = each.name.upper()
-            text = environ.get(name, each.metadata["default"])
+            default = each.metadata["default"]
+            text = environ.get(name, default)
             try:
                 text.encode()
                 values[each.name] = each.metadata["parse"](text)
             except UnicodeEncodeError:  # no value: it may be a secret
                 problems.append(f"{name}: must be UTF-8")
             except ValueError as error:
-                problems.append(f"{name}={text!r}: {error}")
-        get = values.get
-        problems += filter(None, (check(values) for check in checks))
-        if get("kafka_topic") == get("kafka_dlq_topic", ""):
-            problems.append(f"KAFKA_DLQ_TOPIC={get('kafka_topic')!r}: must differ from KAFKA_TOPIC")
-        if get("kafka_security_protocol", "").startswith("SASL"):
-            for name in ("kafka_sasl_mechanism", "kafka_sasl_username", "kafka_sasl_password"):
-                if not get(name, True):
-                    problems.append(
-                        f"{name.upper()} is not set:"
-                        f" KAFKA_SECURITY_PROTOCOL={values['kafka_security_protocol']} needs it"
-                    )
-        if get("kafka_ssl_cafile") and not os.path.isfile(values["kafka_ssl_cafile"]):
-            problems.append(
-                f"KAFKA_SSL_CAFILE={values['kafka_ssl_cafile']!r}: there is no such file"
-            )
-        compression = get("kafka_compression_type")
-        if compression and not getattr(codec, f"has_{compression}")():
-            problems.append(
-                f"KAFKA_COMPRESSION_TYPE={compression!r}: pip install {_CODECS[compression]}"
-            )
-        if get("metrics_port") and not find_spec("prometheus_client"):
-            problems.append(
-                f"METRICS_PORT={values['metrics_port']!r}: pip install prometheus-client"
-            )
+                instead = f"; leave it out for {default}" if default and not text else ""
+                problems.append(f"{name}={text!r}: {error}{instead}")
+        problems += [*_kafka_problems(values), *_other_problems(values)]
+        problems += filter(None, [check(values) for check in checks])
         if problems:
             raise SettingsError(*problems)
         return cls(**values)
@@ -309,31 +333,92 @@ class Settings:
         }
 
 
+def _kafka_problems(values: Mapping[str, Any]) -> Iterator[str]:
+    """Settings of Kafka that do not go together, or ask for what is not there."""
+    get = values.get
+    if get("kafka_topic") == get("kafka_dlq_topic", ""):
+        yield f"KAFKA_DLQ_TOPIC={get('kafka_topic')!r}: must differ from KAFKA_TOPIC"
+    protocol = get("kafka_security_protocol", "")
+    if protocol.startswith("SASL"):
+        for name in ("kafka_sasl_mechanism", "kafka_sasl_username", "kafka_sasl_password"):
+            if not get(name, True):
+                yield f"{name.upper()} is not set: KAFKA_SECURITY_PROTOCOL={protocol} needs it"
+    if get("kafka_ssl_cafile") and not os.path.isfile(values["kafka_ssl_cafile"]):
+        yield f"KAFKA_SSL_CAFILE={values['kafka_ssl_cafile']!r}: there is no such file"
+    compression = get("kafka_compression_type")
+    if compression and not getattr(codec, f"has_{compression}")():
+        yield f"KAFKA_COMPRESSION_TYPE={compression!r}: pip install {_CODECS[compression]}"
+
+
+def _other_problems(values: Mapping[str, Any]) -> Iterator[str]:
+    if values.get("metrics_port") and not find_spec("prometheus_client"):
+        yield f"METRICS_PORT={values['metrics_port']!r}: pip install prometheus-client"
+    bucket, url = values.get("s3_bucket"), urlsplit(values.get("s3_endpoint_url") or "")
+    # As in https://BUCKET.s3.amazonaws.com: minio.local is no bucket's host, however it is called.
+    host = re.match(rf"{re.escape(bucket or '')}\.(s3|localhost|.+\..+\.)", url.hostname or "")
+    if bucket and (host or bucket in url.path.split("/")):
+        yield f"S3_ENDPOINT_URL={url.geturl()!r}: holds the bucket {bucket}; name the server alone"
+
+
 def environment(flags: Mapping[str, str | None], dotenv: Path = HERE / ".env") -> dict[str, str]:
     """Flags over the environment over the file `dotenv`, whose other names (AWS credentials) are
     put into the process's environment too. Values are taken as they stand: no `${...}`.
 
-    Raises SettingsError for a file that cannot be read, or a line that is not NAME=value.
+    Raises SettingsError for a file that cannot be read, a line that is not NAME=value, a value
+    that would not be taken as it stands, and a name that is nearly that of a setting.
     """
-    if os.path.isfile(dotenv):
-        try:
-            with dotenv.open(encoding="utf-8-sig") as stream:
-                lines = list(parse_stream(stream))
-        except (OSError, UnicodeDecodeError) as error:
-            raise SettingsError(f"{dotenv} cannot be read: {error}") from None
-        problems = []
-        for line in lines:
-            if line.error or (line.key and (line.value is None or "\0" in line.value)):
-                # The line may hold a secret: its number is enough. Blank lines count as its own.
-                text = line.original.string
-                number = line.original.line + text[: len(text) - len(text.lstrip())].count("\n")
-                problems.append(f"{dotenv}, line {number}: must be NAME=value")
+    if dotenv.exists():
+        lines = [line for line in parse_stream(_open_text(dotenv)) if line.key or line.error]
+        problems = [
+            f"{dotenv}, line {_line_number(line)}: {problem}"
+            for line in lines
+            for problem in _line_problems(line)
+        ]
         if problems:
             raise SettingsError(*problems)
         for name, value in {line.key: line.value for line in lines}.items():  # the last one counts
-            if name and value is not None:
-                os.environ.setdefault(name, value)
+            os.environ.setdefault(str(name), str(value))
+    elif dotenv.with_name(".env.txt").exists():
+        log.warning("%s is not read: rename it to .env", dotenv.with_name(".env.txt"))
     return {**os.environ, **{name: text for name, text in flags.items() if text is not None}}
+
+
+def _open_text(path: Path) -> io.StringIO:
+    """A file in UTF-8, or in UTF-16 with its byte order mark, as PowerShell writes it."""
+    try:
+        content = path.read_bytes()
+        utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        return io.StringIO(content.decode("utf-16" if utf16 else "utf-8-sig"))
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        problem = f"line {line} is not UTF-8; save it as UTF-8"
+    except OSError as error:
+        problem = "it is a folder, not a file" if path.is_dir() else f"{error.strerror}"
+    raise SettingsError(f"{path} cannot be read: {problem}")
+
+
+def _line_number(line: Binding) -> int:
+    """Where a line's name stands; for the parser the blank lines before it are its own."""
+    text = line.original.string
+    return line.original.line + text[: len(text) - len(text.lstrip())].count("\n")
+
+
+def _line_problems(line: Binding) -> Iterator[str]:
+    """What is wrong with a line of `.env`, without its value, which may be a secret."""
+    name, value = line.key or "", line.value
+    settings = [each.name.upper() for each in fields(Settings)]
+    ours = name.upper().startswith(("KAFKA_", "S3_"))
+    close = difflib.get_close_matches(name.upper(), settings, 1, 0.78 if ours else 0.9)
+    if line.error or value is None or "\0" in value:
+        yield "must be NAME=value"
+    elif set(re.findall(r"[\x00-\x1f]", value)) - set(line.original.string.strip()):
+        yield f"{name}: in double quotes a backslash makes a control character; use single quotes"
+    elif re.match("[\u2018-\u201f]", value):
+        yield f"{name}: has typographic quotes; use straight ones, or none"
+    elif close and name != close[0] and not name.startswith("AWS_"):
+        yield f"{name} is no setting; did you mean {close[0]}?"
+    elif ours and not close:
+        log.warning("%s names no setting, and is not read", name)
 
 
 def positive(text: str) -> int:
@@ -371,7 +456,7 @@ class _Json(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        for name in ("topic", "partition", "offset", "key"):
+        for name in ("topic", "partition", "offset", "key", "lag"):
             if hasattr(record, name):
                 line[name] = getattr(record, name)
         if record.exc_info:
@@ -452,9 +537,10 @@ def setup_logging(settings: Settings) -> None:
     errors.addFilter(lambda record: record.name != "root")
 
 
-def status(logger: logging.Logger, text: str, *args: object) -> None:
-    """A line on the state: in place on a terminal, an ordinary line elsewhere."""
-    logger.info(text, *args, extra={"status": True})
+def status(logger: logging.Logger, text: str, *args: object, **fields: object) -> None:
+    """A line on the state: in place on a terminal, an ordinary line elsewhere. `fields` are those
+    of the JSON line."""
+    logger.info(text, *args, extra={"status": True, **fields})
 
 
 class Problem(NamedTuple):
@@ -463,6 +549,7 @@ class Problem(NamedTuple):
     text: str
     extra: Mapping[str, Any] = {}
     error: BaseException | None = None
+    since: float | None = None  # when it began, by the clock of the notices; None: now
 
 
 class Notices:
@@ -480,12 +567,13 @@ class Notices:
         said with "again" when it is over: "the broker answers"."""
         now = self.clock()
         for what, problem in problems.items():
-            began = self.began.setdefault(what, now)
+            began = self.began.setdefault(what, now if problem.since is None else problem.since)
             often = began - self.ended.get(what, -math.inf) < 5
             due = self.said[what] + 30 if what in self.said else began + (1 if often else 0)
             if now >= due:
                 self.said[what] = now
-                lasting = f"; for {now - began:.0f} s now" if now - began >= 2 else ""
+                told = problem.since is not None or now - began < 2
+                lasting = "" if told else f"; for {now - began:.0f} s now"
                 log.warning(
                     "%s%s", problem.text, lasting, extra=problem.extra, exc_info=problem.error
                 )
@@ -684,61 +772,48 @@ def background(call: Callable[..., Any], *args: Any) -> Future[Any]:
     return outcome
 
 
-def reach(host: str, port: int, timeout: float) -> str:
-    """ "" when something listens there, else why not."""
-    try:
-        socket.create_connection((host, port), timeout).close()
-    except OSError as error:
-        return f"{host}:{port}: {error.strerror or error}"
-    return ""
+def _unreachable(addresses: Iterable[tuple[str, int]]) -> dict[tuple[str, int], str]:
+    """Those at which nothing listens, and why; in 3 s, since all are tried at once."""
+
+    def reach(address: tuple[str, int]) -> str:
+        try:
+            socket.create_connection(address, 3).close()
+        except OSError as error:
+            return f"{address[0]}:{address[1]}: {error.strerror or error}"
+        return ""
+
+    tried = {address: background(reach, address) for address in addresses}
+    return {address: found.result() for address, found in tried.items() if found.result()}
 
 
-def _find_broker(settings: Settings, where: str) -> None:
-    problems = []
-    servers = settings.kafka_bootstrap_servers
-    for server in servers:
-        host, _, port = server.rpartition(":")
-        problems.append(reach(host.strip("[]"), int(port), min(3, 6 / len(servers))))
-        if not problems[-1]:
-            return
-    raise Failure(
-        f"{where}: no broker can be reached ({'; '.join(problems)});"
-        " is it running, the address right, the port open (security group)?"
-    )
+def _ask_metadata(settings: Settings) -> tuple[set[str], dict[tuple[str, int], list[str]]]:
+    """The topics, and the brokers (host, port) with the partitions of KAFKA_TOPIC that they lead.
 
-
-@dataclass(frozen=True)
-class Metadata:
-    """What the brokers say of themselves: topics, and brokers with the partitions they lead."""
-
-    topics: set[str]
-    partitions: set[int]  # of KAFKA_TOPIC
-    brokers: dict[tuple[str, int], list[int]]  # (host, port): partitions of KAFKA_TOPIC
-
-
-def _ask_metadata(settings: Settings) -> Metadata:
+    Raises KafkaError, and LookupError without the topic or a broker that says who it is.
+    """
     consumer = KafkaConsumer(**settings.kafka(), enable_auto_commit=False)
     try:
         topics = set(consumer.topics())
         cluster = consumer._client.cluster
-        partitions = set(cluster.partitions_for_topic(settings.kafka_topic) or ())
-        led = collections.defaultdict(list)
-        for partition in sorted(partitions):
-            tp = TopicPartition(settings.kafka_topic, partition)
-            led[cluster.leader_for_partition(tp)].append(partition)
-        # kafka-python 3 keeps the bootstrap addresses apart, and calls the field node_id.
-        known = {broker: getattr(broker, "nodeId", broker[0]) for broker in cluster.brokers()}
-        brokers = {
-            (broker.host, broker.port): led[node]
-            for broker, node in known.items()
-            if not str(node).startswith("bootstrap")
-        }
-        return Metadata(topics, partitions, brokers)
+        brokers: dict[tuple[str, int], list[str]] = {}
+        for broker in cluster.brokers():
+            # kafka-python 3 keeps the bootstrap addresses apart, and calls the field node_id.
+            if not str(getattr(broker, "nodeId", "")).startswith("bootstrap"):
+                led = sorted(cluster.partitions_for_broker(broker[0]) or ())
+                names = [f"{t}/{p}" for t, p in led if t == settings.kafka_topic]
+                brokers[broker.host, broker.port] = names
+        if not brokers:
+            raise LookupError("it hung up each time")
+        if settings.kafka_topic not in topics:
+            raise LookupError
+        return topics, brokers
     finally:
         consumer.close()
 
 
-def _wait_for_topic(settings: Settings, where: str) -> Metadata:
+def _wait_for_topic(
+    settings: Settings, where: str
+) -> tuple[set[str], dict[tuple[str, int], list[str]]]:
     """The metadata, with the topic in it. A broker that has just started does not answer at
     first, and then for about 2 s without its topics: it is asked again before that is said."""
     silent = (
@@ -749,17 +824,18 @@ def _wait_for_topic(settings: Settings, where: str) -> Metadata:
     began = time.monotonic()
     while True:
         try:
-            metadata = background(_ask_metadata, settings).result(began + 9 - time.monotonic())
-            if metadata.partitions:
-                return metadata
-            problem = (
-                f"KAFKA_TOPIC={settings.kafka_topic}: the topic does not exist on {where}, or"
-                " this user may not see it; create it with kafka-topics.sh --create"
-            )
-            if not metadata.brokers:
-                problem = f"{silent}{last_words}"  # it hung up each time
+            return background(_ask_metadata, settings).result(began + 9 - time.monotonic())
         except TimeoutError:
             raise Failure(f"{silent}{last_words}") from None
+        except LookupError as error:
+            problem = (
+                f"{silent}{last_words}"
+                if error.args
+                else (
+                    f"KAFKA_TOPIC={settings.kafka_topic}: the topic does not exist at {where}, or"
+                    " this user may not see it; create it with kafka-topics.sh --create"
+                )
+            )
         except KafkaError as error:
             problem = f"{silent} {type(error).__name__}: {error}{last_words}"
         except (OSError, ValueError, AssertionError) as error:
@@ -769,30 +845,35 @@ def _wait_for_topic(settings: Settings, where: str) -> Metadata:
         time.sleep(0.25)
 
 
-def check_kafka(settings: Settings) -> Metadata:
+def check_kafka(settings: Settings) -> set[str]:
     """Check, step by step, that a broker answers, knows the topic and can be reached where it
     says it is (the client itself reports all of these as "failed to update metadata").
 
-    Raises Failure; takes 15 s at most. A broker that cannot be reached while others can is said.
+    Returns the names of all topics. Raises Failure; takes 15 s at most. A broker that cannot be
+    reached while others can is a warning.
     """
     where = f"KAFKA_BOOTSTRAP_SERVERS={','.join(settings.kafka_bootstrap_servers)}"
-    _find_broker(settings, where)
-    metadata = _wait_for_topic(settings, where)
-    timeout = min(1.5, 3 / max(1, len(metadata.brokers)))
-    problems = {address: reach(*address, timeout) for address in metadata.brokers}
-    unreachable = [problem for problem in problems.values() if problem]
-    if unreachable and len(unreachable) == len(problems):
+    split = [server.rpartition(":") for server in settings.kafka_bootstrap_servers]
+    servers = {(host.strip("[]"), int(port)) for host, _, port in split}
+    problems = _unreachable(servers)
+    if len(problems) == len(servers):
+        raise Failure(
+            f"{where}: no broker can be reached ({'; '.join(problems.values())});"
+            " is it running, the address right, the port open (security group)?"
+        )
+    topics, brokers = _wait_for_topic(settings, where)
+    problems = _unreachable(brokers)
+    if len(problems) == len(brokers):
         raise Failure(
             f"{where} answers, but says that clients shall connect to an address that cannot"
-            f" be reached ({'; '.join(unreachable)}); fix advertised.listeners on the broker"
+            f" be reached ({'; '.join(problems.values())}); fix advertised.listeners on the broker"
         )
     for address, problem in problems.items():
-        if problem:
-            text = "a broker cannot be reached (%s): %s it leads; the other brokers are served"
-            led = metadata.brokers[address]
-            names = ", ".join(f"{settings.kafka_topic}/{partition}" for partition in led)
-            log.warning(text, problem, f"{names} waits: that" if led else "nothing of the topic")
-    return metadata
+        led = ", ".join(brokers[address]) or "none"
+        text = "a broker cannot be reached (%s); partitions that it leads, which wait: %s"
+        log.warning(text, problem, led)
+    last_words.text = ""  # what was said while it started is over
+    return topics
 
 
 # ---------------------------------------------------------------------------- starting, stopping
@@ -809,6 +890,7 @@ class Stop:
         """Listen from now on. When the process is still there 4 s after the request (a broker
         that does not answer holds every call to it), it is ended with `code`."""
         self.under_way: Callable[[], str] = lambda: ""  # "12 uploads under way"
+        self.farewell: Callable[[], str] = lambda: ""  # what such an end leaves open
         threading.excepthook = self._thread_died
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self._handle)
@@ -840,5 +922,6 @@ class Stop:
         timer.daemon = True
         timer.start()
         level = logging.ERROR if self.code else logging.WARNING
-        log.log(level, "stopped without an answer from the other side; %s", self.under_way())
+        text = "stopped without an answer from the other side%s"
+        log.log(level, text, self.farewell())
         os._exit(self.code)

@@ -25,7 +25,7 @@ import tempfile
 import time
 from argparse import ArgumentParser
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,7 +38,7 @@ from aiobotocore.session import AioSession
 from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.exceptions import BotoCoreError, ClientError
-from kafka import KafkaConsumer, TopicPartition
+from kafka import TopicPartition
 from kafka.errors import KafkaError
 from yarl import URL
 
@@ -47,11 +47,18 @@ try:
 except ImportError as error:
     sys.exit(f"{error.name} is not installed: pip install '.[report]'")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from config import Failure, Settings, SettingsError, check_kafka, environment
+from config import (
+    Failure,
+    Settings,
+    SettingsError,
+    check_kafka,
+    environment,
+    explain,
+    make_consumer,
+)
+from infra.audit import NAME
 
 HERE = Path(__file__).resolve().parent
-
-NAME = re.compile(r"(?:partition=([1-9][0-9]*)/)?stock_market_(0|[1-9][0-9]*)\.json")
 
 GETS_AT_ONCE = 64
 S3_PATIENCE = 20.0  # s without a byte after which a read is tried again
@@ -134,7 +141,25 @@ async def list_objects(client: Any, bucket: str, prefix: str) -> tuple[list[Obje
     return found, region
 
 
-def as_line(found: Object, value: bytes) -> bytes:
+class Columns:
+    """Names for the fields of all records: as they are written where that can be, for a column has
+    to have a name, and SQL knows no difference between "Close" and "close"."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, str] = {}
+        self.taken = set(OURS)
+
+    def name(self, field: str) -> str:
+        if field not in self.names:
+            name = field or "_"
+            while name.lower() in self.taken:
+                name += "_"
+            self.names[field] = name
+            self.taken.add(name.lower())
+        return self.names[field]
+
+
+def as_line(found: Object, value: bytes, columns: Columns) -> bytes:
     """A record as one line of JSON, with its place and time, for DuckDB. Raises Failure."""
     try:
         try:
@@ -142,10 +167,11 @@ def as_line(found: Object, value: bytes) -> bytes:
             json.dumps(record, allow_nan=False)
         except ValueError:  # JSON has numbers that Python has not: 1e999, or of 5,000 digits
             record = json.loads(value, parse_int=str, parse_float=str)
-    except ValueError as error:
-        raise Failure(f"{found.key} is not JSON: {error}") from None
+        fields = {columns.name(field): content for field, content in record.items()}
+    except (ValueError, AttributeError):
+        raise Failure(f"{found.key} is no JSON object: did the consumer write it?") from None
     row = {
-        "record": record,
+        "record": fields,
         "kafka_partition": found.partition,
         "kafka_offset": found.offset,
         "written_at": found.written_at,
@@ -196,12 +222,13 @@ async def read_objects(
 ) -> None:
     """Write every object as a line of JSON, in no order, with GETS_AT_ONCE requests under way."""
     waiting = iter(found)
+    columns = Columns()
     done = 0
 
     async def work() -> None:
         nonlocal done
         for each in waiting:
-            lines.write(as_line(each, await reader.get(each.key)))
+            lines.write(as_line(each, await reader.get(each.key), columns))
             done += 1
             progress.show(done)
 
@@ -241,7 +268,7 @@ async def fetch(settings: Settings, lines: IO[bytes]) -> list[Object]:
             finally:
                 progress.end()
     except (BotoCoreError, ClientError, aiohttp.ClientError, OSError, ValueError) as error:
-        raise Failure(" ".join(str(error).split())) from None
+        raise Failure(explain(error)) from None
     return found
 
 
@@ -254,16 +281,14 @@ def ask_broker(settings: Settings) -> dict[str, Any]:
     logging.getLogger("kafka").setLevel(logging.CRITICAL)  # what matters of it comes as an error
     try:
         check_kafka(settings)
-        consumer = KafkaConsumer(
-            **settings.kafka(), group_id=settings.kafka_group_id, enable_auto_commit=False
-        )
+        consumer = make_consumer(settings)
         try:
             reasons, places = read_letters(consumer, settings)
             return {"lag": group_lag(consumer, settings), "letters": reasons, "places": places}
         finally:
             consumer.close(autocommit=False)
     except (Failure, KafkaError, OSError, ValueError) as error:
-        return {"unasked": " ".join(str(error).split()) or type(error).__name__}
+        return {"unasked": str(error) if isinstance(error, Failure) else explain(error)}
 
 
 def group_lag(consumer: Any, settings: Settings) -> int | None:
@@ -322,15 +347,23 @@ def read_topic(consumer: Any, tps: list[TopicPartition]) -> Iterator[Any]:
 
 
 def load(db: duckdb.DuckDBPyConnection, lines: str) -> None:
-    """Make the table `records` of a file of lines: OURS, then the records' own fields."""
-    db.execute(
-        """CREATE TABLE lines AS FROM read_json($lines, format = 'newline_delimited',
-        sample_size = -1, map_inference_threshold = -1)""",
-        {"lines": lines},
-    )
+    """Make the table `records` of a file of lines: OURS, then the records' own fields, or, where
+    these fit into no columns, the whole `record` as JSON."""
+    types = dict(zip(OURS, ("BIGINT", "BIGINT", "TIMESTAMP"), strict=True))
+    try:
+        table = db.read_json(
+            lines, format="newline_delimited", sample_size=-1, map_inference_threshold=-1
+        )
+    except duckdb.Error:  # an object within a record that has both "a" and "A"
+        types["record"] = "JSON"
+        table = db.read_json(lines, format="newline_delimited", columns=types)
+    table.create("lines")
     ((kind,),) = db.sql("SELECT typeof(record) FROM lines LIMIT 1").fetchall()
-    fields = ", unnest(record)" if kind.startswith("STRUCT") else ""
-    db.execute(f"CREATE TABLE records AS SELECT * EXCLUDE record {fields} FROM lines ORDER BY ALL")
+    field_columns = "unnest(record)" if kind.startswith("STRUCT") else "record"
+    db.execute(
+        f"""CREATE TABLE records AS SELECT {", ".join(OURS)}, {field_columns} FROM lines
+        ORDER BY kafka_partition, kafka_offset"""
+    )
     db.execute("DROP TABLE lines")
 
 
@@ -561,13 +594,22 @@ def page(shown: dict[str, Any]) -> str:
     return (HERE / "report.html").read_text(encoding="utf-8").replace("{{FACTS}}", text)
 
 
+def needs_bucket(values: Mapping[str, Any]) -> str:
+    if values.get("s3_bucket", True):
+        return ""
+    return "S3_BUCKET is not set: name the bucket, in .env or the environment"
+
+
 def write_report(settings: Settings, folder: Path) -> int:
     """Read the bucket and write both files; returns the exit code. Raises Failure and OSError."""
     db = duckdb.connect()
     with tempfile.NamedTemporaryFile() as lines:
         found = asyncio.run(fetch(settings, lines))
         if not found:
-            raise Failure("no object of the consumer is there")
+            raise Failure(
+                "no object of a record (stock_market_0.json) is there: has the consumer run, and is"
+                " S3_PREFIX right?"
+            )
         lines.flush()
         load(db, lines.name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -584,7 +626,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", nargs="?", type=Path, default=Path())
     folder = parser.parse_args(argv).folder
     try:
-        settings = Settings.from_env(environment({}))
+        settings = Settings.from_env(environment({}), needs_bucket)
     except SettingsError as error:
         print(*error.args, sep="\n", file=sys.stderr)
         return 2

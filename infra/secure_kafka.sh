@@ -1,4 +1,4 @@
-#!/usr/bin/env bash
+# shellcheck shell=bash
 # TLS and passwords on port 9092, for setup_kafka.sh --secure, which sources this file and gives it
 # put, tool, in_cluster, zookeeper_position and the addresses. Secrets stay in variables and pipes:
 # on the disk they are in /etc/kafka/secure alone.

@@ -67,6 +67,7 @@ find_python() {
 # must have, or nothing.
 works() {
     "$VENV/bin/python" - "$1" <<'END' 2>/dev/null
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -75,11 +76,12 @@ ASK = "import sys; print('python%d.%d' % sys.version_info[:2])"
 
 
 def is_ours(program):
+    """Whether it is started by this environment's Python: its first line says so, or its second
+    where the path is long or has blanks."""
     with program.open("rb") as file:
-        first = file.readline(500).decode(errors="replace")
-    if not first.startswith("#!/") or "/bin/python" not in first:
-        return True
-    return Path(first[2:].partition("/bin/python")[0]).samefile(folder)
+        start = file.read(1000).decode(errors="replace")
+    found = re.match(r"""#!(?:/bin/sh\n'{3}exec' ["']?)?(/.*?)/bin/python""", start)
+    return found is None or Path(found[1]).samefile(folder)
 
 
 folder = Path(sys.prefix)
@@ -145,7 +147,8 @@ install() {
     [ ! "$done_before" -nt "$ROOT/pyproject.toml" ] || return 0
     check_writable
     if command -v uv >/dev/null; then
-        installer=(uv pip install --python "$VENV/bin/python")
+        # uv leaves its locks in the temporary folder
+        installer=(env "TMPDIR=$VENV" uv pip install --python "$VENV/bin/python")
     else
         "$VENV/bin/python" -m pip --version >/dev/null 2>&1 \
             || "$VENV/bin/python" -m ensurepip >"$LOG" 2>&1 \

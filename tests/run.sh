@@ -3,15 +3,19 @@
 set -euo pipefail
 
 readonly USAGE='Usage: tests/run.sh [--all] [PYTEST ARGUMENTS]
-Makes .venv, installs the test extra, then: ruff, mypy, shellcheck, unit tests, integration tests on a
-real broker and S3 server (Java with Maven or KAFKA_HOME; versitygw, which is built here where Go is).
---all adds the long fault and soak tests. The other arguments go to pytest: -x, -k NAME, or the only
-files to test.
+Makes .venv, installs the test extra, then: ruff, mypy, shellcheck, unit tests,
+integration tests on a real broker and S3 server (Java with Maven or KAFKA_HOME;
+versitygw, which is built here where Go is). A test that lacks a program is
+skipped, and the last lines say which. --all adds the long fault and soak tests.
+The other arguments go to pytest: -x, -k NAME, or the only files to test.
 PYTHON chooses the interpreter, VENV another folder than .venv.'
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 readonly ROOT
-readonly BIN="${VENV:-$ROOT/.venv}/bin"
+VENV="${VENV:-$ROOT/.venv}"
+[ "${VENV#/}" != "$VENV" ] || VENV="$PWD/$VENV"
+export VENV
+readonly BIN="$VENV/bin"
 readonly VERSITYGW_VERSION=v1.8.0
 
 # The S3 server of the tests; some minutes the first time, once.
@@ -25,7 +29,9 @@ build_versitygw() {
     fi
     echo "Building versitygw $VERSITYGW_VERSION into .local/bin (some minutes, once) ..."
     GOBIN="$ROOT/.local/bin" go install \
-        "github.com/versity/versitygw/cmd/versitygw@$VERSITYGW_VERSION"
+        "github.com/versity/versitygw/cmd/versitygw@$VERSITYGW_VERSION" && return
+    echo "run.sh: versitygw was not built; Go says why above. Put one on the PATH, or name it in VERSITYGW" >&2
+    exit 1
 }
 
 check_sources() {
@@ -38,18 +44,19 @@ check_sources() {
 
 main() {
     cd "$ROOT"
-    local argument selected=() tests=(tests/test_*.py tests/integration)
-    case "${1:-}" in
-        -h | --help) printf '%s\n' "$USAGE" && return ;;
-        --all) selected=(-m "") && shift ;;
-    esac
+    local argument arguments=() tests=(tests/test_*.py tests/integration)
     for argument in "$@"; do
+        case "$argument" in
+            -h | --help) printf '%s\n' "$USAGE" && return ;;
+            --all) arguments+=(-m "") ;;
+            *) arguments+=("$argument") ;;
+        esac
         [ ! -e "${argument%%::*}" ] || tests=()
     done
     infra/venv.sh test
     build_versitygw
     check_sources
-    "$BIN/pytest" ${selected[@]+"${selected[@]}"} ${tests[@]+"${tests[@]}"} "$@"
+    "$BIN/pytest" ${tests[@]+"${tests[@]}"} ${arguments[@]+"${arguments[@]}"}
 }
 
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then

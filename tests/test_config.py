@@ -21,20 +21,22 @@ from hypothesis import strategies as st
 import config
 import kafka_consumer
 import kafka_producer
-from config import Durations, Settings, SettingsError, environment, records, setup_logging, status
+from config import Settings, SettingsError, environment, setup_logging, status
+from kafka_consumer import bucket_is_set
+from kafka_producer import csv_exists
 
 HERE = Path(config.__file__).parent
 ROWS = HERE / "tests/data/indexProcessed.csv"
 
 
-def made(required="", **environ):
-    return Settings.from_env(environ, required=required)
+def made(*checks, **environ):
+    return Settings.from_env(environ, *checks)
 
 
-def problems(required="", **environ):
+def problems(*checks, **environ):
     """The problem lines, by setting."""
     with pytest.raises(SettingsError) as caught:
-        made(required, **environ)
+        made(*checks, **environ)
     assert all("\n" not in line and line.isprintable() for line in caught.value.args)
     return {re.match("[A-Z0-9_]+", line)[0]: line for line in caught.value.args}
 
@@ -79,8 +81,8 @@ def test_the_example_file_names_every_setting_once_and_is_valid():
     assert {name for name in names if not name.startswith("AWS_")} == {
         field.name.upper() for field in dataclasses.fields(Settings)
     }
-    for required in ("CSV_PATH", "S3_BUCKET"):
-        made(required, **dict(pairs))
+    for needed in (csv_exists, bucket_is_set):
+        made(needed, **dict(pairs))
 
 
 @pytest.mark.parametrize(
@@ -91,6 +93,10 @@ def test_the_example_file_names_every_setting_once_and_is_valid():
         ("KAFKA_TOPIC", "a.b_C-9", "a.b_C-9"),
         ("KAFKA_GROUP_ID", "a group", "a group"),
         ("KAFKA_AUTO_OFFSET_RESET", "earliest", "earliest"),
+        ("KAFKA_AUTO_OFFSET_RESET", "Latest", "latest"),
+        ("KAFKA_SECURITY_PROTOCOL", "ssl", "SSL"),
+        ("KAFKA_SASL_MECHANISM", "scram-sha-256", "SCRAM-SHA-256"),
+        ("KAFKA_COMPRESSION_TYPE", "GZip", "gzip"),
         ("KAFKA_API_VERSION", "", None),
         ("KAFKA_API_VERSION", "2.6", (2, 6)),
         ("KAFKA_REQUEST_TIMEOUT_MS", "1000", 1000),
@@ -110,7 +116,9 @@ def test_the_example_file_names_every_setting_once_and_is_valid():
         ("S3_ENDPOINT_URL", "https://minio.local:9000/", "https://minio.local:9000/"),
         ("S3_MAX_CONCURRENCY", "1", 1),
         ("LOG_LEVEL", "DEBUG", "DEBUG"),
+        ("LOG_LEVEL", "info", "INFO"),
         ("LOG_FORMAT", "json", "json"),
+        ("LOG_FORMAT", "JSON", "json"),
         ("METRICS_PORT", "9100", 9100),
     ],
 )
@@ -128,14 +136,14 @@ def test_a_setting_is_read_as(name, text, value):
         ),
         ("KAFKA_TOPIC", ["", ".", "..", "a b", "a/b", "ü", "x" * 250, "a\n"]),
         ("KAFKA_GROUP_ID", ["", " "]),
-        ("KAFKA_AUTO_OFFSET_RESET", ["", "none", "Latest"]),
+        ("KAFKA_AUTO_OFFSET_RESET", ["", "none", "Late"]),
         ("KAFKA_API_VERSION", ["2", "two", "2.8.1.0", "2.8.x", "2." + "9" * 5000, "0.10.2"]),
         ("KAFKA_REQUEST_TIMEOUT_MS", ["", "0", "1e4", "-1", "540000", "9" * 5000]),
-        ("KAFKA_SECURITY_PROTOCOL", ["", "TLS", "ssl"]),
-        ("KAFKA_SASL_MECHANISM", ["GSSAPI", "plain"]),
+        ("KAFKA_SECURITY_PROTOCOL", ["", "TLS"]),
+        ("KAFKA_SASL_MECHANISM", ["GSSAPI"]),
         ("KAFKA_SSL_CAFILE", ["/no/such/file", "/", "x" * 5000]),
         ("KAFKA_DLQ_TOPIC", ["", "a b", "test"]),
-        ("KAFKA_COMPRESSION_TYPE", ["zip", "GZIP"]),
+        ("KAFKA_COMPRESSION_TYPE", ["zip"]),
         ("MESSAGES_PER_SECOND", ["", "fast", "-1", "-0.1", "nan", "inf", "1e999", "1,5"]),
         ("RANDOM_SEED", ["x", "1.5"]),
         (
@@ -145,8 +153,8 @@ def test_a_setting_is_read_as(name, text, value):
         ("S3_PREFIX", ["/a", "a//b", "../", "./", "a/../b", "a\\b", "a\nb", "a\x1b", "x" * 901]),
         ("S3_ENDPOINT_URL", ["localhost:9000", "ftp://h", "http://", "http://[", "http://h:99999"]),
         ("S3_MAX_CONCURRENCY", ["0", "-1", "x", "10001"]),
-        ("LOG_LEVEL", ["", "info", "TRACE"]),
-        ("LOG_FORMAT", ["", "JSON"]),
+        ("LOG_LEVEL", ["", "TRACE"]),
+        ("LOG_FORMAT", ["", "xml"]),
         ("METRICS_PORT", ["0", "65536", "x", "9100.0"]),
     ],
 )
@@ -167,7 +175,7 @@ def test_text_that_is_not_utf8_is_named_without_its_value():
 
 def test_every_problem_is_reported_at_once():
     found = problems(
-        "S3_BUCKET",
+        bucket_is_set,
         KAFKA_BOOTSTRAP_SERVERS="host",
         KAFKA_AUTO_OFFSET_RESET="never",
         MESSAGES_PER_SECOND="fast",
@@ -199,19 +207,19 @@ def test_every_problem_is_reported_at_once():
 )
 def test_any_settings_are_either_taken_or_refused_in_lines(environ):
     try:
-        made("S3_BUCKET", **environ)
+        made(bucket_is_set, **environ)
     except SettingsError as error:
         assert error.args
         assert all(line.isprintable() for line in error.args)
 
 
 def test_each_script_needs_what_it_works_on():
-    assert "not set" in problems("S3_BUCKET")["S3_BUCKET"]
-    assert made("S3_BUCKET", S3_BUCKET="abc").s3_bucket == "abc"
-    assert "no such file" in problems("CSV_PATH", CSV_PATH="nowhere.csv")["CSV_PATH"]
-    assert "no such file" in problems("CSV_PATH", CSV_PATH="~no-such-user/x")["CSV_PATH"]
-    assert "no such file" in problems("CSV_PATH", CSV_PATH="x" * 5000)["CSV_PATH"]
-    assert made("CSV_PATH", CSV_PATH=str(ROWS)).csv_path == ROWS
+    assert "not set" in problems(bucket_is_set)["S3_BUCKET"]
+    assert made(bucket_is_set, S3_BUCKET="abc").s3_bucket == "abc"
+    assert "no such file" in problems(csv_exists, CSV_PATH="nowhere.csv")["CSV_PATH"]
+    assert "no such file" in problems(csv_exists, CSV_PATH="~no-such-user/x")["CSV_PATH"]
+    assert "no such file" in problems(csv_exists, CSV_PATH="x" * 5000)["CSV_PATH"]
+    assert made(csv_exists, CSV_PATH=str(ROWS)).csv_path == ROWS
 
 
 def test_sasl_needs_mechanism_user_and_password():
@@ -307,7 +315,7 @@ def test_bad_lines_are_named_by_number_and_never_shown(dotenv):
     assert not {"A", "B", "D"} & set(os.environ)
 
 
-@pytest.mark.parametrize("content", [b"A=\xff", "A=1".encode("utf-16"), b"A=1\0"])
+@pytest.mark.parametrize("content", [b"A=\xff", "A=1".encode("utf-16")[2:], b"A=1\0"])
 def test_a_file_that_is_no_text_is_an_error_in_one_line(dotenv, content):
     with pytest.raises(SettingsError, match=r"\.env.* (cannot be read|must be)") as caught:
         dotenv(content)

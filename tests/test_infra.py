@@ -15,12 +15,19 @@ import local_stack
 import pytest
 from dotenv import dotenv_values
 
+import kafka_consumer
+import kafka_producer
 from config import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = dotenv_values(ROOT / ".env.example", interpolate=False)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-SHELL_SCRIPTS = sorted([*ROOT.glob("infra/*.sh"), *ROOT.glob("tests/*.sh")])
+SOURCED = {ROOT / "infra" / "secure_kafka.sh"}  # by setup_kafka.sh
+SHELL_SCRIPTS = sorted({*ROOT.glob("infra/*.sh"), *ROOT.glob("tests/*.sh")} - SOURCED)
+INSTALLED = [
+    *("setup_kafka.sh", "secure_kafka.sh", "openssl.cnf", "server.properties", "log4j.properties"),
+    *("zookeeper.properties", "zookeeper.service", "kafka.service", "kafka-s3@.service"),
+]
 
 
 def tracked() -> set[str]:
@@ -48,8 +55,8 @@ def test_env_example_has_every_setting_and_each_is_valid() -> None:
     aws = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"}
     assert set(EXAMPLE) == settings | aws
     values = {name: value or "" for name, value in EXAMPLE.items()}
-    for needed in ("CSV_PATH", "S3_BUCKET"):
-        Settings.from_env(values, required=needed)
+    for needed in (kafka_producer.csv_exists, kafka_consumer.bucket_is_set):
+        Settings.from_env(values, needed)
 
 
 def test_env_example_gives_the_defaults_but_where_the_local_stack_differs() -> None:
@@ -94,6 +101,12 @@ def test_a_shell_script_refuses_an_unknown_flag(script: str) -> None:
     done = subprocess.run([ROOT / script, "--what"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "--what" in done.stderr or "Usage:" in done.stderr
+
+
+@pytest.mark.parametrize("name", INSTALLED)
+def test_what_is_installed_has_no_line_over_100_columns(name: str) -> None:
+    lines = (ROOT / "infra" / name).read_text().splitlines()
+    assert max(map(len, lines)) <= 100
 
 
 def test_data_excerpt_is_rows_of_numbers() -> None:

@@ -122,6 +122,10 @@ class Script:
         """SIGINT, as Ctrl-C does."""
         self.process.send_signal(signal.SIGINT)
 
+    def hang_up(self) -> None:
+        """SIGHUP, as a terminal that is closed does."""
+        self.process.send_signal(signal.SIGHUP)
+
     def kill(self) -> None:
         """SIGKILL; returns when the process is gone."""
         self.process.kill()
@@ -333,6 +337,37 @@ def scratch_env(home: Path) -> dict[str, str]:
         "PYTHONDONTWRITEBYTECODE": "1",
         "AWS_EC2_METADATA_DISABLED": "true",
     }
+
+
+KAFKA_SH = ROOT / "infra" / "kafka.sh"
+RUN = """\
+#!/usr/bin/env bash
+exec java ${KAFKA_HEAP_OPTS:--Xmx256M} ${KAFKA_JVM_PERFORMANCE_OPTS:-} ${KAFKA_OPTS:-} \\
+    "-Dlog4j.configuration=file:$(dirname "$0")/../config/tools-log4j.properties" \\
+    -cp "$(dirname "$0")/../libs/*" MAIN_CLASS "$@"
+"""
+
+
+def kafka_scripts(folder: Path) -> None:
+    """Stand-ins for bin/ and config/ of Apache's distribution, which Maven does not have: the
+    tools of infra/kafka.sh, ZooKeeper's shell and the broker, under Apache's names."""
+    listed = (ROOT / "infra" / "kafka.sh").read_text()
+    classes = {
+        f"kafka-{name}": main_class
+        for name, main_class in re.findall(
+            r"^ +([a-z-]+)\) echo ([\w.]+) ;;$", listed, re.MULTILINE
+        )
+    }
+    classes["kafka-server-start"] = "kafka.Kafka"
+    classes["zookeeper-shell"] = "org.apache.zookeeper.ZooKeeperMain -server"
+    (folder / "bin").mkdir(parents=True)
+    for name, main_class in classes.items():
+        script = folder / "bin" / f"{name}.sh"
+        script.write_text(RUN.replace("MAIN_CLASS", main_class))
+        script.chmod(0o755)
+    (folder / "config").mkdir()
+    log4j = (ROOT / "infra" / "kafka-tools-log4j.properties").read_text()
+    (folder / "config" / "tools-log4j.properties").write_text(log4j)
 
 
 def object_name(partition: int, offset: int) -> str:

@@ -36,6 +36,7 @@ def test_a_consumer_without_a_partition_says_why(run, env, topic):
         assert script.wait() == 0
 
 
+@pytest.mark.slow
 def test_a_restart_after_kill_9_says_that_it_waits_for_the_group(run, env, kafka, topic):
     """The broker waits for the killed member's session: 6 s."""
     produce(kafka.bootstrap, topic, numbered(0, 1))
@@ -62,6 +63,7 @@ def test_another_prefix_with_an_old_group_is_told_where_its_objects_begin(run, e
     assert script.wait() == 0
 
 
+@pytest.mark.slow
 def test_the_same_prefix_is_told_nothing_of_it(run, env, kafka, topic):
     produce(kafka.bootstrap, topic, numbered(0, 8))
     env = {**env, "S3_PREFIX": "same/"}
@@ -159,7 +161,7 @@ def test_a_topic_made_anew_behind_a_frozen_consumer_ends_it_and_nothing_is_skipp
     assert script.wait(timeout=30) == 1
     assert re.search(rf"ERROR .*{topic}.*(made anew|committed position)", script.stderr)
     assert "Traceback" not in script.stderr
-    assert objects() == before
+    assert before.items() <= objects().items(), "overwritten"
     assert committed(kafka.bootstrap, group, topic).get(0, 0) == 0
 
 
@@ -224,6 +226,7 @@ base.HeartbeatThread._run_once = run_once
 """
 
 
+@pytest.mark.slow
 def test_a_heartbeat_thread_that_has_died_ends_the_consumer_with_one_line(
     run, env, kafka, topic, tmp_path
 ):

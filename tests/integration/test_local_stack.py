@@ -10,11 +10,11 @@ from pathlib import Path
 
 import botocore.exceptions
 import pytest
-from helpers import Script, free_port, produce, records, scratch_env, until
+from helpers import Kafka, Script, free_port, produce, records, until
 from kafka import KafkaConsumer
 from kafka import __version__ as kafka_client
 from kafka.admin import KafkaAdminClient
-from local_stack import API_VERSION, EXAMPLE, S3, Kafka, port_is_free
+from local_stack import API_VERSION, EXAMPLE, S3, main, port_is_free
 
 
 @pytest.fixture
@@ -28,9 +28,9 @@ def stack_env(tmp_path: Path) -> dict[str, str]:
 def stack(run: Callable[..., Script], stack_env: dict[str, str]) -> Callable[..., Script]:
     """Call it to start the stack on free ports and wait for its ready line."""
 
-    def start(**env: str) -> Script:
+    def start(*args: str, **env: str) -> Script:
         ports = ["--port", str(free_port()), "--s3-port", str(free_port())]
-        script = run("infra/local_stack.py", *ports, env={**stack_env, **env})
+        script = run("infra/local_stack.py", *ports, *args, env={**stack_env, **env})
         script.wait_for("^Ready", 90, "stdout")
         return script
 
@@ -57,7 +57,14 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("ask", [Script.interrupt, Script.terminate])
+@pytest.mark.parametrize(
+    "ask",
+    [
+        Script.interrupt,
+        pytest.param(Script.terminate, marks=pytest.mark.slow),
+        pytest.param(Script.hang_up, marks=pytest.mark.slow),
+    ],
+)
 def test_it_serves_what_env_example_names_and_leaves_nothing_behind(
     kafka: Kafka, stack: Callable[..., Script], tmp_path: Path, ask: Callable[[Script], None]
 ) -> None:
@@ -88,14 +95,70 @@ def test_its_servers_die_with_it_when_it_is_killed(
     until(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in servers), 5)
 
 
-def test_a_server_that_ends_ends_it_with_an_error(
-    kafka: Kafka, stack: Callable[..., Script]
+@pytest.mark.slow
+def test_a_server_that_ends_ends_it_shows_the_end_of_its_log_and_keeps_the_log(
+    kafka: Kafka, stack: Callable[..., Script], tmp_path: Path
 ) -> None:
     script = stack()
     (broker,) = (p for p in children(script.pid) if b"kafka.Kafka" in cmdline(p))
     os.kill(broker, 9)
     assert script.wait(15) == 1
-    assert script.stderr == "local_stack: the broker has ended by itself, code -9\n"
+    (log,) = (tmp_path / "tmp").iterdir()
+    first, *shown, last = script.stderr.splitlines()
+    assert first == "local_stack: the log of the broker ends:"
+    assert last == (
+        "local_stack: the broker has ended by itself, code -9, killed from outside; "
+        f"all of its log is in {log}"
+    )
+    assert log.read_text().splitlines()[-len(shown) :] == shown
+    assert "started (kafka.server.KafkaServer)" in shown[-1]
+
+
+@pytest.mark.slow
+def test_what_is_kept_is_there_at_the_next_start(
+    kafka: Kafka, s3: S3, stack: Callable[..., Script], run: Callable[..., Script], tmp_path: Path
+) -> None:
+    if s3.kind != "versitygw":
+        pytest.skip("moto keeps nothing")
+    keep = tmp_path / "kept data"
+    script = stack("--topic", "stocks:3", "--bucket", "another", "--keep", str(keep))
+    port, s3_port = ports(script)
+    assert "topics test:1, error_topic:1, stocks:3\n" in script.stdout
+    produce(f"localhost:{port}", "stocks", [b"1", b"2"], partition=2)
+    S3(tmp_path, s3_port).client().put_object(Bucket="another", Key="a", Body=b"kept")
+
+    second = run(
+        "infra/local_stack.py", "--port=0", "--s3-port=0", f"--keep={keep}", env=os.environ
+    )
+    assert second.wait() == 1
+    assert second.stderr.startswith(f"local_stack: {keep} is in use by another local_stack.py: ")
+
+    script.terminate()
+    assert script.wait(15) == 0
+    script = stack("--topic", "stocks:4", "--keep", str(keep))
+    port, s3_port = ports(script)
+    assert "bucket another, stock-market-local\n" in script.stdout
+    assert "topics test:1, error_topic:1, stocks:3\n" in script.stdout
+    assert script.stderr.startswith("Topic stocks was kept: its partitions are 3, not 4. ")
+    found = records(f"localhost:{port}", "stocks")
+    assert [(record.partition, record.value) for record in found] == [(2, b"1"), (2, b"2")]
+    client = S3(tmp_path, s3_port).client()
+    assert client.get_object(Bucket="another", Key="a")["Body"].read() == b"kept"
+
+
+def test_nothing_can_be_kept_without_apache_kafka(
+    s3: S3, run: Callable[..., Script], stack_env: dict[str, str], tmp_path: Path
+) -> None:
+    if s3.kind != "versitygw":
+        pytest.skip("moto keeps nothing either")
+    env = {**stack_env, "PATH": str(tmp_path), "JAVA_HOME": ""}
+    keep = f"--keep={tmp_path / 'kept'}"
+    script = run("infra/local_stack.py", "--port=0", "--s3-port=0", keep, env=env)
+    assert script.wait() == 1
+    assert script.stderr == (
+        "local_stack: --keep needs Apache Kafka, which keeps topics on disk, and Java was not "
+        "found: install a JDK and Maven, or run without --keep\n"
+    )
 
 
 def cmdline(pid: int) -> bytes:
@@ -144,29 +207,46 @@ def test_without_java_the_embedded_broker_serves_groups_on_the_same_port(
     assert script.wait(15) == 0
 
 
-@pytest.mark.parametrize("flag", ["--port", "--s3-port"])
-def test_a_port_in_use_is_one_line_and_exit_code_1(
-    run: Callable[..., Script], stack_env: dict[str, str], flag: str
+def test_ports_in_use_are_named_with_what_to_do_and_exit_code_1(
+    run: Callable[..., Script], stack_env: dict[str, str]
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        taken = server.getsockname()[1]
-        other = {"--port": "--s3-port", "--s3-port": "--port"}[flag]
-        arguments = [flag, str(taken), other, str(free_port())]
+    with (
+        socket.create_server(("127.0.0.1", 0)) as one,
+        socket.create_server(("127.0.0.1", 0)) as other,
+    ):
+        port, s3_port = one.getsockname()[1], other.getsockname()[1]
+        arguments = ["--port", str(port), "--s3-port", str(s3_port)]
         script = run("infra/local_stack.py", *arguments, env=stack_env)
         assert script.wait() == 1
-    assert script.stderr == (
-        f"local_stack: port {taken} on localhost is in use: "
-        f"stop what listens there or change {flag}\n"
-    )
+    assert script.lines("stderr") == [
+        f"local_stack: port {port} on localhost is in use: stop what listens there, or take another"
+        f" with --port and name it in .env: KAFKA_BOOTSTRAP_SERVERS=localhost:{port + 1}",
+        f"local_stack: port {s3_port} on localhost is in use: stop what listens there, or take"
+        f" another with --s3-port and name it in .env: S3_ENDPOINT_URL=http://localhost:"
+        f"{s3_port + 1}",
+    ]
 
 
-@pytest.mark.parametrize("arguments", [["--port", "70000"], ["--port", "x"], ["--what"]])
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (["--port", "70000"], "argument --port: invalid"),
+        (["--port", "x"], "argument --port: invalid"),
+        (["--what"], "unrecognized arguments: --what"),
+        (["--topc", "a"], "unrecognized arguments: --topc a"),
+        (["--topic", "a/b"], "'a/b' is not NAME:PARTITIONS, for example stocks:3"),
+        (["--topic", "a:0"], "'a:0' is not NAME:PARTITIONS"),
+        (["--topic", ".."], "'..' is not NAME:PARTITIONS"),
+        (["--bucket", "A"], "'A' is no name for a bucket"),
+    ],
+)
 def test_wrong_usage_is_exit_code_2(
-    run: Callable[..., Script], tmp_path: Path, arguments: list[str]
+    capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
 ) -> None:
-    script = run("infra/local_stack.py", *arguments, env=scratch_env(tmp_path))
-    assert script.wait() == 2
-    assert "Traceback" not in script.stderr
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert told in capsys.readouterr().err
 
 
 def test_the_s3_server_refuses_a_wrong_key_and_a_second_object_of_the_same_name(

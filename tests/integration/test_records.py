@@ -107,6 +107,7 @@ def test_a_record_whose_header_name_is_not_utf_8_becomes_an_object(run, env, kaf
     assert objects() == {f"stock_market_{n}.json": value for n, value in enumerate(values)}
 
 
+@pytest.mark.slow
 def test_a_dead_letter_keeps_the_headers_that_can_be_kept(run, env, kafka, topic):
     headers = [("trace", b"42"), ("odd-name", b"odd"), ("empty", b"")]
     send(kafka.bootstrap, topic, [b"no JSON"], headers=headers)
@@ -185,6 +186,7 @@ def test_a_record_whose_length_is_damaged_is_named_with_a_way_out(run, env, kafk
     is_named(run, env, kafka, topic, objects, offset=2)
 
 
+@pytest.mark.slow
 def test_a_compressed_batch_that_is_damaged_is_named_with_a_way_out(
     run, env, kafka, topic, objects
 ):

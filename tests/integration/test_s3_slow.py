@@ -3,8 +3,7 @@
 import time
 
 import pytest
-from helpers import produce, until
-from proof import memory, object_name
+from helpers import memory, object_name, produce, until
 from s3_faults import FaultyS3
 
 pytestmark = pytest.mark.real

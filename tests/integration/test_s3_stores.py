@@ -4,8 +4,7 @@ import hashlib
 import re
 
 import pytest
-from helpers import committed, produce, records, until
-from proof import assert_whole, object_name
+from helpers import assert_whole, committed, object_name, produce, records, until
 from s3_faults import FaultyS3, page, raw_answer
 
 pytestmark = pytest.mark.real
@@ -97,15 +96,6 @@ def test_an_archived_object_that_has_to_be_read_is_said_with_what_to_do(consume,
         assert archive.stored() == []
 
 
-def test_an_archived_object_with_other_bytes_is_a_conflict(consume, s3, bucket):
-    s3.client().put_object(Bucket=bucket, Key=object_name(0, 3), Body=b'{"n": "other"}')
-    with FaultyS3(s3.endpoint, traits={"archived"}) as archive:
-        script = consume(archive)
-        assert script.wait(15) == 1
-    (line,) = errors(script)
-    assert f"s3://{bucket}/{object_name(0, 3)} is there with other bytes" in line
-
-
 def test_where_s3_encrypts_an_etag_that_is_no_md5_proves_nothing(consume, bucket):
     """New objects are made by S3's word, those that are there are read and compared."""
     with FaultyS3(traits={"encrypted"}) as s3:
@@ -183,7 +173,8 @@ def test_a_page_at_the_start_is_one_line_that_says_it_is_no_s3(run, env, raw):
         script = run("kafka_consumer.py", env={**env, "S3_ENDPOINT_URL": s3.endpoint})
         assert script.wait(15) == 1
         (line,) = errors(script)
-    assert "no S3 answer" in line and s3.endpoint in line
+    assert re.search("no (S3 answer|answer of S3)", line) and s3.endpoint in line
+    assert "Internal Server Error" not in line, "nobody said that"
 
 
 @pytest.mark.parametrize("address", ["{endpoint}/{bucket}", "http://{bucket}.s3.amazonaws.com"])
@@ -201,7 +192,7 @@ def test_a_prefix_too_long_for_the_names_is_refused(run, env, prefix):
     script = run("kafka_consumer.py", env={**env, "S3_PREFIX": prefix})
     assert script.wait(15) == 2
     (line,) = script.lines("stderr")
-    assert "S3_PREFIX" in line and "1024" in line.replace(",", "")
+    assert "S3_PREFIX" in line and re.search(r"at most \d+ bytes|1,?024", line)
 
 
 def test_more_uploads_at_once_than_records_in_hand_are_said(run, env, kafka, topic):

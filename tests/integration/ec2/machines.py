@@ -25,7 +25,6 @@ import socket
 import ssl
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -44,9 +43,19 @@ CLONE_NEWNET = 0x40000000
 KEPT = LOCAL / "machine"
 RELEASE = "bookworm"
 # what the images of the cloud have and the smallest Debian has not
-PACKAGES = "systemd-sysv dbus sudo curl ca-certificates iproute2 passwd procps".split()
+PACKAGES = [
+    "systemd-sysv",
+    "dbus",
+    "sudo",
+    "curl",
+    "ca-certificates",
+    "iproute2",
+    "passwd",
+    "procps",
+]
 USER = "ec2-user"
 UP = {"running", "degraded"}
+JAVA = "openjdk-17-jre-headless openssl"
 
 # systemd-networkd would wait two minutes for a network that is configured from outside.
 PREPARE = """
@@ -54,6 +63,7 @@ PREPARE = """
       systemd-networkd-wait-online.service
     useradd --create-home --shell /bin/bash --groups adm,sudo ec2-user
     echo "ec2-user ALL=(ALL) NOPASSWD:ALL" > /etc/sudoers.d/ec2-user
+    echo "umask 077" >> /home/ec2-user/.profile  # as hardened images have it
     echo {name} > /etc/hostname
     printf '%s\n' "127.0.0.1 localhost {name}" "10.0.0.1 archive.apache.org" > /etc/hosts
     echo "nameserver 127.0.0.1" > /etc/resolv.conf  # no name is known, and said at once
@@ -146,14 +156,13 @@ class Machine:
 class Instance(Machine):
     """A machine with a disk of its own, booted by systemd-nspawn; it can lose its power.
 
-    Its disk is a root tree that is shared and never written to, with an overlay in memory. `sh` runs
-    as root in all of its name spaces. `log_in` is what a person does: the user of the image, who may
-    sudo.
+    Its disk is a root tree that is shared and never written to, with an overlay in memory. `sh`
+    runs as root in all of its name spaces. `log_in` is what a person does: the user of the image,
+    who may sudo.
     """
 
     def __init__(self, private: str, trees: list[Path], trusted: Path) -> None:
         """`trees` are the layers of its disk, `trusted` is its file of certificate authorities."""
-        self.private = private
         self.hostname = f"ip-{private.replace('.', '-')}"
         self.cgroup = f"test-{self.hostname}-{secrets.token_hex(4)}"
         lower = ":".join(str(tree) for tree in trees)
@@ -169,7 +178,9 @@ class Instance(Machine):
         self.holder = hold(
             "unshare", "--net", "--mount", "--propagation=private", "bash", "-euc", script
         )
-        self.console = tempfile.TemporaryFile()
+        self.power: subprocess.Popen[bytes] | None = None
+        self.init = 0
+        self.console = trusted.with_name(f"{self.cgroup}.log")
         self.sh_outside("ip link set lo up")
 
     def sh_outside(self, script: str) -> None:
@@ -188,50 +199,43 @@ class Instance(Machine):
             wait $nspawn
             kill $!
         """
-        self.power = subprocess.Popen(
-            ["nsenter", mount, *super().enter, "bash", "-c", f"exec 3<&0\n{script}"],
-            stdin=subprocess.PIPE,
-            stdout=self.console,
-            stderr=self.console,
-        )
-        self.init = self._find_init()
+        command = ["nsenter", mount, *super().enter, "bash", "-c", f"exec 3<&0\n{script}"]
+        with self.console.open("ab") as console:
+            self.power = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=console, stderr=console
+            )
+        self.init = self._find_init(self.power.pid)
         deadline = time.monotonic() + 300
         while self.sh("systemctl is-system-running --wait || true").strip() not in UP:
-            assert time.monotonic() < deadline, self.console_text()
+            assert time.monotonic() < deadline, self.console.read_text(errors="replace")
             time.sleep(0.1)
 
-    def _find_init(self) -> int:
+    def _find_init(self, shell: int) -> int:
         """The process that is the machine's number 1, a grandchild of the shell."""
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
-            for nspawn in children(self.power.pid):
+            for nspawn in children(shell):
                 for child in children(nspawn):
                     with contextlib.suppress(OSError):
                         command = Path(f"/proc/{child}/comm").read_text().strip()
                         if command == "systemd" and numbers(child)[-1:] == ["1"]:
                             return child
             time.sleep(0.05)
-        raise AssertionError(f"no systemd: {self.console_text()}")
-
-    def console_text(self) -> str:
-        self.console.seek(0)
-        return self.console.read().decode(errors="replace")
+        raise AssertionError(f"no systemd: {self.console.read_text(errors='replace')}")
 
     def power_off(self) -> None:
         """Everything that runs there is gone at once."""
-        if self.power.poll() is None:
+        if self.power and self.power.poll() is None:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.init, signal.SIGKILL)
+                if self.init:
+                    os.kill(self.init, signal.SIGKILL)
             self.power.communicate()
 
     def shut_down(self) -> None:
         """Stopped in order, as EC2 stops an instance."""
+        assert self.power
         self.sh("systemctl poweroff")
         self.power.wait(240)
-
-    def reboot(self) -> None:
-        self.shut_down()
-        self.power_on()
 
     @property
     def enter(self) -> list[str]:
@@ -267,7 +271,6 @@ class Instance(Machine):
     def close(self) -> None:
         self.power_off()
         super().close()
-        self.console.close()
         for folder in Path("/sys/fs/cgroup").glob(f"**/{self.cgroup}"):
             remove_cgroup(folder)
 
@@ -329,7 +332,7 @@ def java_tree() -> Path:
             mount -t proc proc root/proc
             export DEBIAN_FRONTEND=noninteractive
             chroot root apt-get update -qq
-            chroot root apt-get install -y -qq --no-install-recommends openjdk-17-jre-headless openssl
+            chroot root apt-get install -y -qq --no-install-recommends {JAVA}
             chroot root apt-get clean
         """
         run(["unshare", "--mount", "--propagation=private", "bash", "-euc", script])
@@ -351,8 +354,9 @@ class Network:
     def __init__(self, folder: Path) -> None:
         self.addresses = folder / "metadata"
         self.addresses.mkdir()
-        self.archive = folder / "archive"  # https://archive.apache.org/dist/kafka/3.3.1
-        (self.archive / "dist" / "kafka" / "3.3.1").mkdir(parents=True)
+        self.archive = folder / "archive"  # https://archive.apache.org/
+        self.releases = self.archive / "dist" / "kafka" / "3.3.1"
+        self.releases.mkdir(parents=True)
         self.folder = folder
         self.router, self.laptop = Machine(), Machine()
         self.machines: list[Machine] = [self.router, self.laptop]

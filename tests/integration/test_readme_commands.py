@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -78,3 +80,22 @@ def test_two_terminals_word_for_word_then_kill_9_and_audit(
     audited, told = terminal(audit)
     assert audited.wait(60) == 0
     assert "nothing missing, nothing twice, every byte the same" in told.read_text()
+
+
+@pytest.mark.slow
+def test_what_requirements_txt_names_is_all_that_the_two_scripts_need(
+    env: dict[str, str], tmp_path: Path
+) -> None:
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    for name in ("config.py", "kafka_producer.py", "kafka_consumer.py", "requirements.txt"):
+        shutil.copy(ROOT / name, checkout)
+    folder = checkout / "venv"
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    install = [folder / "bin" / "pip", "install", "-q", "-r", checkout / "requirements.txt"]
+    subprocess.run(install, check=True)
+    for script in ("kafka_producer.py", "kafka_consumer.py"):
+        command = [folder / "bin" / "python", script, "--max-messages", "3"]
+        done = subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Upload Successfully") == 3
