@@ -779,6 +779,8 @@ TAMPERED = [
     (edit(FIRST, b'"time":"', b'"time":"0'), f"BROKEN: {FIRST}: no seal, or a changed one"),
     (edit(FIRST, b'"root":"', b'"root":"0'), f"BROKEN: {FIRST}: no seal, or a changed one"),
     (edit(FIRST, b'{"', b'{ "'), f"BROKEN: {FIRST}: no seal, or a changed one"),
+    (forge(FIRST, last=99, kinds="3h"), "its parts do not fit together"),
+    (forge(FIRST, last=29_999, kinds="30000h", sha256=b"", md5=b""), "its parts do not fit"),
     (put(FIRST, b""), f"BROKEN: {FIRST}: no seal, or a changed one"),
     (put(FIRST, b"\xff"), f"BROKEN: {FIRST}: no seal, or a changed one"),
     (put(FIRST, b"[" * 100_000), f"BROKEN: {FIRST}: no seal, or a changed one"),
