@@ -113,7 +113,7 @@ class CsvFile:
                 self.check_kind(file.read(1000).decode("latin-1"))
             hint = "if it is an archive, it may be damaged or cut short: fetch it again"
             why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-            raise self.wrong(f"cannot be read: {why}; {hint}") from None
+            raise self.wrong(f"cannot be read: {' '.join(why.split())}; {hint}") from None
 
     def wrong(self, what: str) -> SettingsError:
         return SettingsError(f"{self.name} {what}")
@@ -173,10 +173,11 @@ class CsvFile:
     def chunks(self) -> Iterator[pd.DataFrame]:
         """The rows as text, CHUNK at a time, as columns with the names that pandas gives."""
         options: dict[str, Any] = {"dtype": object, "na_filter": False, "index_col": False}
+        rows = 0
         try:
             for chunk in pd.read_csv(self.path, chunksize=CHUNK, **self.format, **options):
                 yield chunk
-                rows = int(chunk.index[-1]) + 1
+                rows += len(chunk)
                 if rows % PROGRESS == 0:
                     status(log, "reading %s: %d rows", self.path.name, rows)
         except pd.errors.ParserError:
