@@ -748,7 +748,8 @@ class Sink(ConsumerRebalanceListener):
         if self.range_unknown:
             self.find_range()
         left = self.limit - self.stats.done - self.under_way()
-        if self.unsettled() or self.room() >= min(POLL_ROOM, max(left, 1)):
+        enough = 1 if self.unsettled() else min(POLL_ROOM, max(left, 1))
+        if self.room() >= enough:
             self.take(self.poll(100 if self.is_idle() else 10, max(1, int(self.room()))))
             self.rest_where_nothing_comes()
         else:
