@@ -89,7 +89,7 @@ ATTEMPTS = 3  # for each request to S3
 # What S3, the way to it or the credentials can raise.
 S3_ERRORS = (ClientError, BotoCoreError, ResponseParserError, aiohttp.ClientError, OSError)
 # Trying these again does not help.
-FINAL = ("AccessDenied", "NoCredentialsError", "NoSuchBucket", "NoSuchKey")
+FINAL = ("AccessDenied", "InvalidObjectState", "NoCredentialsError", "NoSuchBucket")
 
 
 # ------------------------------------------------------------------------------------ the bucket
@@ -145,6 +145,8 @@ class Bucket:
                 if code_of(error) == "NoSuchKey":
                     return None
                 raise
+            if "ETag" not in answer:
+                raise ResponseParserError("an answer without an ETag")  # a proxy's page
             async with answer["Body"] as body:
                 return bytes(await body.read())
 
@@ -313,7 +315,7 @@ class Topics:
 # ------------------------------------------------------------------------------------- the seals
 
 VERSION = 1
-SEAL_SIZE = 50_000  # offsets that a seal covers at most, beside those that retention had removed
+SEAL_SIZE = 20_000  # offsets that a seal covers at most, beside those that retention had removed
 SEAL_NAME = re.compile(r"_seals/partition=(0|[1-9][0-9]*)/(0|[1-9][0-9]*)-(0|[1-9][0-9]*)\.json")
 # What an offset is, by its letter in a seal.
 KINDS = {

@@ -685,6 +685,19 @@ def test_a_topic_made_anew_does_not_have_what_was_sealed(audited):
     assert f"BROKEN: {FIRST}: sealed beyond the topic's end (10)" in audited.run()[1]
 
 
+def test_a_record_where_a_marker_was_sealed_is_named_and_the_other_way_round(audited):
+    audited.markers.add((0, 2))
+    object_2 = audited.objects.pop("raw/stock_market_2.json")
+    assert audited.seal()[0] == 0
+    audited.markers = {(0, 3)}
+    audited.objects["raw/stock_market_2.json"] = object_2
+    del audited.objects["raw/stock_market_3.json"]
+    code, said = audited.run()
+    assert code == 1
+    for offset in (2, 3):
+        assert f"DIFFERENT: test/0 offset {offset}: the topic's record is not" in said
+
+
 def test_a_bucket_without_seals_cannot_be_verified(audited):
     with pytest.raises(Failure, match=r"no seals under raw/_seals/: infra/audit\.py --seal"):
         audited.verify()
@@ -766,6 +779,8 @@ TAMPERED = [
     (edit(FIRST, b'"time":"', b'"time":"0'), f"BROKEN: {FIRST}: no seal, or a changed one"),
     (edit(FIRST, b'"root":"', b'"root":"0'), f"BROKEN: {FIRST}: no seal, or a changed one"),
     (edit(FIRST, b'{"', b'{ "'), f"BROKEN: {FIRST}: no seal, or a changed one"),
+    (forge(FIRST, last=99, kinds="3h"), "its parts do not fit together"),
+    (forge(FIRST, last=29_999, kinds="30000h", sha256=b"", md5=b""), "its parts do not fit"),
     (put(FIRST, b""), f"BROKEN: {FIRST}: no seal, or a changed one"),
     (put(FIRST, b"\xff"), f"BROKEN: {FIRST}: no seal, or a changed one"),
     (put(FIRST, b"[" * 100_000), f"BROKEN: {FIRST}: no seal, or a changed one"),
