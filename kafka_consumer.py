@@ -971,7 +971,7 @@ class Sink(ConsumerRebalanceListener):
         look = self.positions()
         if look is None:
             return False
-        for tp in self.partitions:
+        for tp in self.assigned:
             ours, there = self.last_committed.get(tp), look.committed.get(tp)
             if ours is not None and (there is None or there.offset < ours):
                 raise Failure(
@@ -1106,6 +1106,7 @@ class Sink(ConsumerRebalanceListener):
         kafka-python 3 forbids in here: the commit travels ahead of what gives them up."""
         try:
             with suppress(Failure):  # whoever has the partition next meets it again
+                self.suspect()
                 self.drain(2)
                 self.wait_for_look(1)
                 if self.partitions and self.verify():
