@@ -32,6 +32,8 @@ class Value(bytes):
 
 
 def a_value(size):
+    if size == 2:
+        return b"{}"
     value = Value(b"{}")
     value.size = size
     return value
@@ -47,6 +49,7 @@ class Watched(Sink):
 
     def finish(self, record, outcome):
         self.counted[self.life, record.partition, record.offset] += 1
+        assert self.counted[self.life, record.partition, record.offset] == 1, "counted twice"
         super().finish(record, outcome)
 
     def on_partitions_revoked(self, revoked):
@@ -68,10 +71,10 @@ class World:
         random.seed(seed)  # the jitter
         self.clock = Clock()
         self.partitions = chance.choice([1, 1, 2, 3])
-        ends = [chance.choice([0, 3, 30, 150, 400]) for _ in range(self.partitions)]
+        ends = [chance.choice([0, 1, 3, 10, 30, 30, 70, 300]) for _ in range(self.partitions)]
         begins = {}
         self.broker = Broker(self.clock, ends, begins, self.value)
-        self.sizes = chance.choice([[100], [100], [100, 2**20], [2**20, 12 * 2**20, 40 * 2**20]])
+        self.sizes = chance.choice([[2], [2], [2], [2, 2**20], [2**20, 12 * 2**20, 40 * 2**20]])
         self.dead = chance.choice([0, 0, 0.1])
         for tp, end in self.broker.ends.items():
             for offset in range(end):
@@ -267,6 +270,9 @@ class World:
                 return
 
     def in_hand(self, sink):
+        """Bytes."""
+        if max(self.sizes) == 2:
+            return 0
         return sum(len(t.record.value) for p in sink.partitions.values() for t in p.line)
 
     def check(self, sink, before):
@@ -276,9 +282,6 @@ class World:
         if taken > before:
             assert before < BYTES_IN_HAND, "nothing is taken above 32 MB"
             assert taken <= BYTES_IN_HAND + POLL_BYTES + max(self.sizes), "32 MB and one poll"
-        for (_, partition, offset), count in sink.counted.items():
-            assert count == 1, f"{partition}/{offset} was counted {count} times"
-        sink.counted.clear() if len(sink.counted) > 5_000 else None
         if self.clock() - self.all_fail_since > 2 * TIMEOUT:
             assert len(sink.uploader.under_way) <= 1, "one attempt at a time while all fails"
 
@@ -340,8 +343,8 @@ def quiet():
 def simulate(seed):
     world = World(seed)
     world.start()
-    for _ in range(world.chance.randint(1, 6)):
-        until = world.clock() + world.chance.choice([0.05, 0.3, 1, 3, 8])
+    for _ in range(world.chance.randint(1, 5)):
+        until = world.clock() + world.chance.choice([0.05, 0.1, 0.3, 0.3, 1, 1, 3, 7])
         world.disturb()
         while world.clock() < until and not world.ended:
             world.step()
