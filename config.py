@@ -748,8 +748,7 @@ def _harden(fetcher: Any) -> None:
 def _unreadable(tp: TopicPartition, offset: int, error: Exception) -> str:
     where = f"the record at {tp.topic}/{tp.partition}/{offset} cannot be read"
     if isinstance(error, UnsupportedCodecError):
-        missing = [name for name in _CODECS if not getattr(codec, f"has_{name}")()]
-        packages = " ".join(_CODECS[name] for name in missing)
+        packages = " ".join(_CODECS[name] for name in _CODECS if name in str(error).lower())
         return f"{where}: it is compressed, and a package is missing: pip install {packages}"
     return (
         f"{where}: {type(error).__name__}: {error}; nothing from it on is committed. To go on"

@@ -59,7 +59,7 @@ from s3fs import S3FileSystem
 from yarl import URL
 
 import config
-from config import Failure, S3Error, Settings, SettingsError, code_of, explain, output
+from config import CREDENTIALS, Failure, S3Error, Settings, SettingsError, code_of, explain, output
 
 log = logging.getLogger(__name__)
 
@@ -265,17 +265,18 @@ class Bucket:
         await credentials.get_frozen_credentials()
         self.credentials, self.keys_until = credentials, 0.0
 
-    async def renew(self) -> None:
+    async def renew(self, error: Exception) -> None:
         """Look for new credentials after an error of any kind, at a growing distance."""
         now = asyncio.get_running_loop().time()
         if now < self.renew_at:
             return
-        self.renew_pause = min(2 * self.renew_pause, 2)
-        self.renew_at = now + self.renew_pause
+        self.renew_at = math.inf  # one look at a time
         try:
             await _slowly(self.find_credentials())
-        except Exception as error:  # those in use may still be good
-            log.debug("while looking for new credentials: %s", explain(error))
+        except Exception as failed:  # those in use may still be good
+            log.debug("while looking for new credentials: %s", explain(failed))
+        self.renew_pause = min(2 * self.renew_pause, 2 if code_of(error) in CREDENTIALS else 30)
+        self.renew_at = asyncio.get_running_loop().time() + self.renew_pause
 
     async def keys(self) -> Any:
         """The keys to sign with. Their renewal may take long, and all uploads wait for the one."""
@@ -309,7 +310,14 @@ class Bucket:
             connections = self.settings.s3_max_concurrency
             self.http = SignedHttp(address, region_name, verify, connections)
 
+        def prove(response_dict: dict[str, Any], **_: Any) -> None:
+            """An empty page parses as an empty listing."""
+            status, body = response_dict["status_code"], response_dict["body"]
+            if b"<ListBucketResult" not in body and b"<Error>" not in body:
+                raise Answer(status, response_dict["headers"], body).error()
+
         client.meta.events.register("before-sign.s3", note)
+        client.meta.events.register("before-parse.s3", prove)
         prefix = self.settings.s3_prefix
         answer = await client.list_objects_v2(Bucket=self.name, Prefix=prefix, MaxKeys=3)
         return [entry["Key"] for entry in answer.get("Contents", [])]
@@ -436,9 +444,12 @@ class Uploader:
 
     def _launch(self, batch: Sequence[Taken]) -> None:
         for taken in batch:
-            task = self.loop.create_task(self._run(taken, taken.attempt))
-            self.tasks.add(task)  # the loop itself keeps no task alive
-            task.add_done_callback(self.tasks.discard)
+            self._in_background(self._run(taken, taken.attempt))
+
+    def _in_background(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = self.loop.create_task(coroutine)
+        self.tasks.add(task)  # the loop itself keeps no task alive
+        task.add_done_callback(self.tasks.discard)
 
     async def _run(self, taken: Taken, attempt: Any) -> None:
         async with self.slots:
@@ -462,12 +473,12 @@ class Uploader:
         name = object_name(self.settings.s3_prefix, record.partition, record.offset)
         silent = isinstance(taken.error, TimeoutError)
         try:
-            return await self.bucket.create(name, record.value, look_first=silent)
-        except Exception:
-            renewal = self.loop.create_task(self.bucket.renew())
-            self.tasks.add(renewal)
-            renewal.add_done_callback(self.tasks.discard)
+            outcome = await self.bucket.create(name, record.value, look_first=silent)
+        except Exception as error:
+            self._in_background(self.bucket.renew(error))
             raise
+        self.bucket.renew_pause = 0.2
+        return outcome
 
     async def send_letter(self, record: Any, reason: str) -> None:
         """Send a record to the dead letter topic, unchanged, and wait for the acknowledgement.
@@ -557,9 +568,9 @@ def looking(settings: Settings) -> Callable[..., Future[Look]]:
     """`look` with a client of its own, in a thread for each."""
     client = config.make_consumer(
         settings,
-        session_timeout_ms=2000,  # the client wants it below the next, though it joins no group
-        request_timeout_ms=2500,
-        heartbeat_interval_ms=500,
+        session_timeout_ms=1000,  # the client wants it below the next, though it joins no group
+        request_timeout_ms=1500,  # less than what is said as silence
+        heartbeat_interval_ms=300,
         metadata_max_age_ms=5000,
     )
     return partial(config.background, look, client, settings.kafka_topic)
@@ -591,7 +602,7 @@ class Monitor:
         now = self.clock()
         if self.asking and self.asking.done():
             if self.asking.exception() is None:
-                self.latest = self.asking.result()
+                self.latest, self.unanswered_since = self.asking.result(), math.inf
             self.asking = None
         wanted = self.latest is None or self.latest.asked_at <= self.sink.look_wanted_at
         if self.asking is None and now - self.asked_at >= (0.05 if wanted else LOOK_EVERY):
@@ -603,7 +614,7 @@ class Monitor:
             self.show(now)
 
     def heard(self) -> None:
-        self.unanswered_since = math.inf
+        self.unanswered_since = self.clock()
 
     def problems(self, now: float) -> dict[str, config.Problem]:
         """What stands still now; the key says what would be so if it did not."""
@@ -855,6 +866,8 @@ class Sink(ConsumerRebalanceListener):
     def begin(self) -> None:
         """Begin attempts: of those that hold a partition, when they are due, and of what waits in
         the others. While everything fails there is one at a time."""
+        if not self.verify():  # else records of a topic made anew would go under the old names
+            return
         now = self.clock()
         holds = [p.hold for p in self.partitions.values() if p.hold]
         due = [t for t in holds if t.attempt is None and now >= t.retry_at]
