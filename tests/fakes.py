@@ -366,14 +366,13 @@ class Uploads:
         for taken in batch:
             assert taken.attempt is None, "two attempts at once for one record"
             taken.attempt = Future()
-        self.waiting += batch
+        self.waiting += [(taken.attempt, taken.record) for taken in batch]
         self._begin()
 
     def _begin(self):
         while self.waiting and len(self.under_way) < self.slots:
-            taken = self.waiting.pop(0)
-            attempt, record = taken.attempt, taken.record
-            if attempt is None or not attempt.set_running_or_notify_cancel():
+            attempt, record = self.waiting.pop(0)
+            if not attempt.set_running_or_notify_cancel():
                 continue
             self.submitted.append((record.partition, record.offset))
             self.times.append((self.clock(), record.partition, record.offset))
