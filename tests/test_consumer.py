@@ -435,6 +435,18 @@ def test_a_topic_made_anew_while_the_process_was_frozen_ends_it(sinks, clock, th
     assert topic.group == there
 
 
+@pytest.mark.parametrize("there", [{}, {TP: 40}])
+def test_a_topic_made_anew_behind_a_rebalance_ends_it(sinks, clock, there):
+    sink, topic, _uploads = sinks(100)
+    stepping(sink, clock, 1)
+    topic.make_anew([600])
+    topic.group |= there
+    sink.consumer.next = [0]
+    with pytest.raises(Failure, match="was the topic deleted and made anew"):
+        stepping(sink, clock, 3)
+    assert topic.group == there
+
+
 def test_after_a_gap_nothing_is_committed_before_the_groups_position_is_known(sinks, clock):
     sink, topic, uploads = sinks(100)
     stepping(sink, clock, 1)
@@ -525,6 +537,28 @@ def test_a_position_out_of_range_on_one_partition_leaves_the_others_alone(sinks,
 
 
 # -- The group
+
+
+def test_a_first_join_waits_for_nothing(sinks, clock):
+    sink, topic, _uploads = sinks(5)
+    topic.look_takes = lambda: math.inf
+    before = clock()
+    sink.step()
+    assert sink.assigned and clock() - before < 0.2
+
+
+def test_what_was_given_up_is_not_settled_again_while_the_group_joins(sinks, clock):
+    sink, topic, _uploads = sinks(50, 50)
+    stepping(sink, clock, 3)
+    client = sink.consumer
+    topic.members = [client, Client(topic)]  # the other one does not join yet
+    topic.rebalance()
+    stepping(sink, clock, 5)
+    assert client.assignment() == {TP, TP1}  # as the client shows it meanwhile
+    assert not sink.partitions
+    topic.join(topic.members[1])
+    stepping(sink, clock, 5)
+    assert set(sink.partitions) == client.assignment() == {TP}
 
 
 def test_before_partitions_are_given_up_what_is_under_way_is_finished_and_committed(sinks, clock):

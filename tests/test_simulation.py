@@ -91,6 +91,7 @@ class World:
         self.s3 = "well"
         self.share = 0.0  # of attempts that fail
         self.all_fail_since = math.inf
+        self.succeeded_at = -math.inf
         self.members = []
         self.ended = None  # the Failure that ended a process
         self.log = []
@@ -122,6 +123,7 @@ class World:
         if self.s3 == "down" or denied or self.chance.random() < self.share:
             return S3Error("AccessDenied" if denied else "SlowDown", "why")
         self.made.add(where)
+        self.succeeded_at = self.clock()
         dead = hash((record.offset, 7)) % 100 < 100 * self.dead
         return "dead" if dead else self.chance.choice(["written", "written", "replayed"])
 
@@ -321,13 +323,21 @@ class World:
         for sink in self.members:
             sink.consumer.errors.clear()
 
+    def waits_for_s3_alone(self):
+        return all(
+            sink.stats.holding and sink.verified and not sink.consumer.joining
+            for sink in self.members
+        )
+
     def everything_ends_committed(self):
         """When the faults are over."""
         self.heal()
-        self.log.append(f"{self.clock():.2f} healed")
-        until = self.clock() + 60
+        healed, soon = self.clock(), self.waits_for_s3_alone()
+        self.log.append(f"{healed:.2f} healed")
         while self.broker.group != self.broker.ends:
-            assert self.clock() < until, f"stands at {self.broker.group} of {self.broker.ends}"
+            assert self.clock() < healed + 60, f"stands at {self.broker.group}"
+            if soon and self.clock() > healed + 5:
+                assert self.succeeded_at > healed, "goes on within 5 s of S3's recovery"
             self.step()
             if self.ended:
                 raise AssertionError("it ended") from self.ended
