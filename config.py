@@ -68,7 +68,7 @@ from kafka.record.default_records import DefaultRecord, DefaultRecordBatch
 _CODECS = {"snappy": "python-snappy", "lz4": "lz4", "zstd": "zstandard"}  # name: package
 HERE = Path(__file__).resolve().parent
 log = logging.getLogger(__name__)
-output = logging.getLogger("output")  # the line about each record, to stdout
+output = logging.getLogger("records")  # the line about each record, to stdout
 
 
 class SettingsError(Exception):
@@ -105,6 +105,7 @@ NOT_S3 = "that is no answer of S3: is S3_ENDPOINT_URL right, is a proxy in betwe
 HINTS = {
     "AccessDenied": "does the policy allow s3:PutObject, s3:GetObject and s3:ListBucket here?",
     "EndpointConnectionError": "see S3_ENDPOINT_URL; is the server up?",
+    "KafkaTimeoutError": "does KAFKA_DLQ_TOPIC exist? Create it",
     "MessageSizeTooLargeError": "raise max.message.bytes of KAFKA_DLQ_TOPIC",
     "NoSuchBucket": "create it, or correct S3_BUCKET",
     "RequestTimeTooSkewed": "set this machine's clock",
@@ -133,6 +134,7 @@ def explain(error: BaseException) -> str:
     if isinstance(error, TimeoutError):
         message = "no answer in time"
     # A status in the place of a code: the answer had no error of S3 in it.
+    message = message.removeprefix(f"{code}: ")  # as the Kafka client's errors begin
     hint = NOT_S3 if code.isdecimal() else HINTS.get(code)
     if hint:
         message = f"{message} ({hint})"
@@ -283,15 +285,17 @@ class Settings:
     s3_bucket: str = _setting("", _optional(_bucket))
     s3_prefix: str = _setting("", _prefix)
     s3_endpoint_url: str | None = _setting("", _optional(_url))
-    s3_max_concurrency: int = _setting("64", _number(1, 10_000))
+    s3_max_concurrency: int = _setting("64", _number(1, 256))  # records in hand
     log_level: str = _setting("INFO", _choice("DEBUG", "INFO", "WARNING", "ERROR"))
     log_format: str = _setting("text", _choice("text", "json"))
     metrics_port: int | None = _setting("", _optional(_number(1, 65535)))
 
     @classmethod
-    def from_env(cls, environ: Mapping[str, str], *checks: Check) -> Settings:
-        """Build from `environ`; `checks` are what this script wants of the settings beyond the
-        rest. Each is given the values that could be read, by name, and returns a problem or "".
+    def from_env(
+        cls, environ: Mapping[str, str], *checks: Callable[[Mapping[str, Any]], str]
+    ) -> Settings:
+        """Build from `environ`. Each of `checks`, which a script adds, is given the values that
+        could be read, by name, and returns a problem or "".
 
         Raises SettingsError with every problem at once.
         """
@@ -309,7 +313,8 @@ class Settings:
             except ValueError as error:
                 instead = f"; leave it out for {default}" if default and not text else ""
                 problems.append(f"{name}={text!r}: {error}{instead}")
-        problems += [problem for check in (*_CHECKS, *checks) if (problem := check(values))]
+        problems += [*_kafka_problems(values), *_other_problems(values)]
+        problems += filter(None, [check(values) for check in checks])
         if problems:
             raise SettingsError(*problems)
         return cls(**values)
@@ -328,66 +333,31 @@ class Settings:
         }
 
 
-Check = Callable[[Mapping[str, Any]], str]
+def _kafka_problems(values: Mapping[str, Any]) -> Iterator[str]:
+    """Settings of Kafka that do not go together, or ask for what is not there."""
+    get = values.get
+    if get("kafka_topic") == get("kafka_dlq_topic", ""):
+        yield f"KAFKA_DLQ_TOPIC={get('kafka_topic')!r}: must differ from KAFKA_TOPIC"
+    protocol = get("kafka_security_protocol", "")
+    if protocol.startswith("SASL"):
+        for name in ("kafka_sasl_mechanism", "kafka_sasl_username", "kafka_sasl_password"):
+            if not get(name, True):
+                yield f"{name.upper()} is not set: KAFKA_SECURITY_PROTOCOL={protocol} needs it"
+    if get("kafka_ssl_cafile") and not os.path.isfile(values["kafka_ssl_cafile"]):
+        yield f"KAFKA_SSL_CAFILE={values['kafka_ssl_cafile']!r}: there is no such file"
+    compression = get("kafka_compression_type")
+    if compression and not getattr(codec, f"has_{compression}")():
+        yield f"KAFKA_COMPRESSION_TYPE={compression!r}: pip install {_CODECS[compression]}"
 
 
-def _topics_differ(values: Mapping[str, Any]) -> str:
-    topic = values.get("kafka_topic")
-    if topic is None or topic != values.get("kafka_dlq_topic"):
-        return ""
-    return f"KAFKA_DLQ_TOPIC={topic!r}: must differ from KAFKA_TOPIC"
-
-
-def _sasl_has(name: str) -> Check:
-    def check(values: Mapping[str, Any]) -> str:
-        protocol = values.get("kafka_security_protocol", "")
-        if values.get(name, True) or not protocol.startswith("SASL"):
-            return ""
-        return f"{name.upper()} is not set: KAFKA_SECURITY_PROTOCOL={protocol} needs it"
-
-    return check
-
-
-def _ca_file_exists(values: Mapping[str, Any]) -> str:
-    path = values.get("kafka_ssl_cafile")
-    if not path or os.path.isfile(path):
-        return ""
-    return f"KAFKA_SSL_CAFILE={path!r}: there is no such file"
-
-
-def _codec_is_installed(values: Mapping[str, Any]) -> str:
-    name = values.get("kafka_compression_type")
-    if not name or getattr(codec, f"has_{name}")():
-        return ""
-    return f"KAFKA_COMPRESSION_TYPE={name!r}: pip install {_CODECS[name]}"
-
-
-def _metrics_are_installed(values: Mapping[str, Any]) -> str:
-    port = values.get("metrics_port")
-    if not port or find_spec("prometheus_client"):
-        return ""
-    return f"METRICS_PORT={port!r}: pip install prometheus-client"
-
-
-def _endpoint_is_the_server(values: Mapping[str, Any]) -> str:
-    bucket, url = values.get("s3_bucket"), values.get("s3_endpoint_url")
-    if not bucket or not url:
-        return ""
-    parts = urlsplit(url)
-    in_host = re.match(rf"{re.escape(bucket)}\.(s3|localhost|.+\..+\.)", parts.hostname or "")
-    if not in_host and bucket not in parts.path.split("/"):
-        return ""
-    return f"S3_ENDPOINT_URL={url!r}: names the bucket {bucket}; name the server alone"
-
-
-_CHECKS = (
-    _topics_differ,
-    *map(_sasl_has, ("kafka_sasl_mechanism", "kafka_sasl_username", "kafka_sasl_password")),
-    _ca_file_exists,
-    _codec_is_installed,
-    _metrics_are_installed,
-    _endpoint_is_the_server,
-)
+def _other_problems(values: Mapping[str, Any]) -> Iterator[str]:
+    if values.get("metrics_port") and not find_spec("prometheus_client"):
+        yield f"METRICS_PORT={values['metrics_port']!r}: pip install prometheus-client"
+    bucket, url = values.get("s3_bucket"), urlsplit(values.get("s3_endpoint_url") or "")
+    # As in https://BUCKET.s3.amazonaws.com: minio.local is no bucket's host, however it is called.
+    host = re.match(rf"{re.escape(bucket or '')}\.(s3|localhost|.+\..+\.)", url.hostname or "")
+    if bucket and (host or bucket in url.path.split("/")):
+        yield f"S3_ENDPOINT_URL={url.geturl()!r}: holds the bucket {bucket}; name the server alone"
 
 
 def environment(flags: Mapping[str, str | None], dotenv: Path = HERE / ".env") -> dict[str, str]:
@@ -397,64 +367,58 @@ def environment(flags: Mapping[str, str | None], dotenv: Path = HERE / ".env") -
     Raises SettingsError for a file that cannot be read, a line that is not NAME=value, a value
     that would not be taken as it stands, and a name that is nearly that of a setting.
     """
-    if not dotenv.exists() and dotenv.with_name(".env.txt").exists():
-        log.warning("%s is not read: rename it to .env", dotenv.with_name(".env.txt"))
-    if os.path.lexists(dotenv):
-        lines = [
-            line for line in parse_stream(io.StringIO(_text(dotenv))) if line.key or line.error
-        ]
+    if dotenv.exists():
+        lines = [line for line in parse_stream(_open_text(dotenv)) if line.key or line.error]
         problems = [
-            f"{dotenv}, line {_number_of(line)}: {p}" for line in lines if (p := _problem(line))
+            f"{dotenv}, line {_line_number(line)}: {problem}"
+            for line in lines
+            for problem in _line_problems(line)
         ]
         if problems:
             raise SettingsError(*problems)
         for name, value in {line.key: line.value for line in lines}.items():  # the last one counts
-            os.environ.setdefault(name or "", value or "")
+            os.environ.setdefault(str(name), str(value))
+    elif dotenv.with_name(".env.txt").exists():
+        log.warning("%s is not read: rename it to .env", dotenv.with_name(".env.txt"))
     return {**os.environ, **{name: text for name, text in flags.items() if text is not None}}
 
 
-def _text(dotenv: Path) -> str:
-    """A file in UTF-8, or in UTF-16 with its byte order mark, as editors on Windows save it."""
+def _open_text(path: Path) -> io.StringIO:
+    """A file in UTF-8, or in UTF-16 with its byte order mark, as PowerShell writes it."""
     try:
-        content = dotenv.read_bytes()
-    except OSError as error:
-        what = "is a folder, and should be a file" if dotenv.is_dir() else error.strerror
-        raise SettingsError(f"{dotenv} cannot be read: {what}") from None
-    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    try:
-        return content.decode("utf-16" if utf16 else "utf-8-sig")
+        content = path.read_bytes()
+        utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        return io.StringIO(content.decode("utf-16" if utf16 else "utf-8-sig"))
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise SettingsError(
-            f"{dotenv} cannot be read: line {line} is not UTF-8; save it as UTF-8"
-        ) from None
+        problem = f"line {line} is not UTF-8; save it as UTF-8"
+    except OSError as error:
+        problem = "it is a folder, not a file" if path.is_dir() else f"{error.strerror}"
+    raise SettingsError(f"{path} cannot be read: {problem}")
 
 
-def _number_of(line: Binding) -> int:
-    """Where a line's name stands; blank lines before it are its own for the parser."""
+def _line_number(line: Binding) -> int:
+    """Where a line's name stands; for the parser the blank lines before it are its own."""
     text = line.original.string
     return line.original.line + text[: len(text) - len(text.lstrip())].count("\n")
 
 
-def _problem(line: Binding) -> str:
+def _line_problems(line: Binding) -> Iterator[str]:
     """What is wrong with a line of `.env`, without its value, which may be a secret."""
     name, value = line.key or "", line.value
-    if line.error or value is None or "\0" in value:
-        return "must be NAME=value"
-    if set(re.findall(r"[\x00-\x1f]", value)) - set(line.original.string.strip()):
-        return f"{name}: in double quotes a backslash makes a control character; use single quotes"
-    if re.match("[\u2018-\u201f]", value):
-        return f"{name}: has typographic quotes; use straight ones, or none"
     settings = [each.name.upper() for each in fields(Settings)]
-    if name in settings:
-        return ""
     ours = name.upper().startswith(("KAFKA_", "S3_"))
     close = difflib.get_close_matches(name.upper(), settings, 1, 0.78 if ours else 0.9)
-    if close and not name.startswith("AWS_"):
-        return f"{name} is no setting; did you mean {close[0]}?"
-    if ours:
+    if line.error or value is None or "\0" in value:
+        yield "must be NAME=value"
+    elif set(re.findall(r"[\x00-\x1f]", value)) - set(line.original.string.strip()):
+        yield f"{name}: in double quotes a backslash makes a control character; use single quotes"
+    elif re.match("[\u2018-\u201f]", value):
+        yield f"{name}: has typographic quotes; use straight ones, or none"
+    elif close and name != close[0] and not name.startswith("AWS_"):
+        yield f"{name} is no setting; did you mean {close[0]}?"
+    elif ours and not close:
         log.warning("%s names no setting, and is not read", name)
-    return ""
 
 
 def positive(text: str) -> int:
@@ -492,7 +456,7 @@ class _Json(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        for name in ("topic", "partition", "offset", "key"):
+        for name in ("topic", "partition", "offset", "key", "lag"):
             if hasattr(record, name):
                 line[name] = getattr(record, name)
         if record.exc_info:
@@ -573,9 +537,10 @@ def setup_logging(settings: Settings) -> None:
     errors.addFilter(lambda record: record.name != "root")
 
 
-def status(logger: logging.Logger, text: str, *args: object) -> None:
-    """A line on the state: in place on a terminal, an ordinary line elsewhere."""
-    logger.info(text, *args, extra={"status": True})
+def status(logger: logging.Logger, text: str, *args: object, **fields: object) -> None:
+    """A line on the state: in place on a terminal, an ordinary line elsewhere. `fields` are those
+    of the JSON line."""
+    logger.info(text, *args, extra={"status": True, **fields})
 
 
 class Problem(NamedTuple):
@@ -904,8 +869,9 @@ def check_kafka(settings: Settings) -> set[str]:
             f" be reached ({'; '.join(problems.values())}); fix advertised.listeners on the broker"
         )
     for address, problem in problems.items():
-        led = ", ".join(brokers[address]) or "no partition of the topic"
-        log.warning("a broker cannot be reached (%s); it leads %s: that waits", problem, led)
+        led = ", ".join(brokers[address]) or "none"
+        text = "a broker cannot be reached (%s); partitions that it leads, which wait: %s"
+        log.warning(text, problem, led)
     last_words.text = ""  # what was said while it started is over
     return topics
 

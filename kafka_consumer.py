@@ -39,6 +39,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from hashlib import md5
 from itertools import chain
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
@@ -47,7 +48,6 @@ import botocore.handlers
 import fsspec.asyn
 from aiobotocore.session import AioSession
 from botocore.auth import S3SigV4Auth
-from botocore.awsrequest import AWSRequest
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 from botocore.httpsession import ProxyConfiguration, get_cert_path
 from botocore.parsers import ResponseParserError
@@ -173,6 +173,18 @@ class Answer(NamedTuple):
         return S3Error(code, f"no S3 answer ({kind}): is a proxy or another server in between?")
 
 
+class _Signer(S3SigV4Auth):
+    """botocore's signer, on plain dictionaries: its own class of headers takes two thirds of the
+    time of a signature."""
+
+    def headers_to_sign(self, request: Any) -> dict[str, str]:
+        host = {"host": URL(request.url, encoded=True).host_port_subcomponent or ""}
+        return host | {name.lower(): text for name, text in request.headers.items()}
+
+    def canonical_headers(self, headers: Mapping[str, str]) -> str:
+        return "\n".join(f"{name}:{headers[name]}" for name in sorted(headers))
+
+
 class SignedHttp:
     """Signed requests to the address of a bucket, with botocore's signer and aiohttp.
 
@@ -198,8 +210,10 @@ class SignedHttp:
     ) -> Answer:
         """Raises TimeoutError after TIMEOUT seconds in which no byte moved."""
         url = self.address + quote(name, safe="/~")
-        request = AWSRequest(method, url, headers, value)
-        S3SigV4Auth(keys, "s3", self.region).add_auth(request)
+        request = SimpleNamespace(
+            method=method, url=url, params=None, headers=dict(headers), body=value, context={}
+        )
+        _Signer(keys, "s3", self.region).add_auth(request)
         now = asyncio.get_running_loop().time
         body = bytearray()
         async with asyncio.timeout(TIMEOUT) as silence:
@@ -507,35 +521,39 @@ class Look:
     begins: dict[TopicPartition, int]
     ends: dict[TopicPartition, int]
     problems: dict[TopicPartition, str]
-    positions: bool  # whether the group's were asked for too
-    committed: dict[TopicPartition, Any]  # these: offset and metadata
+    committed: dict[TopicPartition, Any]  # the group's positions: offset and metadata
 
 
-def look(client: Any, topic: str, asked_at: float, positions: bool) -> Look:
-    """Ask the leaders of the topic's partitions, and for the group's positions the coordinator;
-    without a topic all is empty. It takes as long as they do. Raises KafkaError when none answers.
+def look(client: Any, topic: str, asked_at: float, heard: Callable[[], None]) -> Look:
+    """Ask the leaders of the topic's partitions, and the coordinator for the group's positions;
+    without a topic all is empty. It takes as long as they do, and calls `heard` at every answer.
+
+    Raises KafkaError when no leader answers.
     """
     begins: dict[TopicPartition, int] = {}
     ends: dict[TopicPartition, int] = {}
     problems: dict[TopicPartition, str] = {}
+    # Of a single topic kafka-python-ng never learns that it is gone.
+    client._client.set_topics([topic, "__consumer_offsets"])
     tps = [TopicPartition(topic, p) for p in sorted(client.partitions_for_topic(topic) or ())]
-    client.assign(tps)  # so that the client keeps this topic's metadata, and no other's
     leader = client._client.cluster.leader_for_partition
     for node in {leader(tp) for tp in tps}:
         led = [tp for tp in tps if leader(tp) == node]
         try:
             ends |= client.end_offsets(led)
             begins |= client.beginning_offsets(led)
+            heard()
         except (KafkaError, KeyError) as error:  # KeyError: the topic was deleted just now
             text = f"its leader, broker {node}, does not answer ({type(error).__name__})"
             problems |= dict.fromkeys(led, text)
     if problems and not ends:
         raise kafka_errors.KafkaTimeoutError
-    committed = client._coordinator.fetch_committed_offsets(tps) if positions else {}
-    return Look(asked_at, begins, ends, problems, positions, committed)
+    committed = client._coordinator.fetch_committed_offsets(tps)
+    heard()
+    return Look(asked_at, begins, ends, problems, committed)
 
 
-def looking(settings: Settings) -> Callable[[float, bool], Future[Look]]:
+def looking(settings: Settings) -> Callable[..., Future[Look]]:
     """`look` with a client of its own, in a thread for each."""
     client = config.make_consumer(
         settings,
@@ -552,8 +570,9 @@ class Monitor:
     a thread and a client of its own: whatever the main thread waits for, it goes on."""
 
     def __init__(
-        self, sink: Any, ask: Callable[[float, bool], Future[Look]], clock: Callable[[], float]
+        self, sink: Any, ask: Callable[..., Future[Look]], clock: Callable[[], float]
     ) -> None:
+        """`ask(asked_at, heard)` begins a `look`."""
         self.sink, self.ask, self.clock = sink, ask, clock
         self.latest: Look | None = None
         self.asking: Future[Look] | None = None
@@ -572,47 +591,58 @@ class Monitor:
         now = self.clock()
         if self.asking and self.asking.done():
             if self.asking.exception() is None:
-                self.latest, self.unanswered_since = self.asking.result(), math.inf
+                self.latest = self.asking.result()
             self.asking = None
-        positions = self.sink.look_wanted_at > self.asked_at
-        if self.asking is None and (positions or now - self.asked_at >= LOOK_EVERY):
+        wanted = self.latest is None or self.latest.asked_at <= self.sink.look_wanted_at
+        if self.asking is None and now - self.asked_at >= (0.05 if wanted else LOOK_EVERY):
             self.asked_at, self.unanswered_since = now, min(self.unanswered_since, now)
-            self.asking = self.ask(now, positions)
+            self.asking = self.ask(now, self.heard)
         self.sink.stats.lag = self.lag(now)
         self.notices.report(self.problems(now))
         if now - self.shown_at >= (1 if sys.stderr.isatty() else 10):
             self.show(now)
 
+    def heard(self) -> None:
+        self.unanswered_since = math.inf
+
     def problems(self, now: float) -> dict[str, config.Problem]:
         """What stands still now; the key says what would be so if it did not."""
-        sink, topic = self.sink, self.sink.settings.kafka_topic
-        if now - self.unanswered_since >= 2:
+        sink, topic, look = self.sink, self.sink.settings.kafka_topic, self.latest
+        silent_since = self.unanswered_since
+        if sink.assigned:  # else it may wait for the group
+            silent_since = min(silent_since, sink.called_at + 6)  # a call may take a while
+        if now - silent_since >= 2:
             text = (
-                f"no answer from the broker for {now - self.unanswered_since:.0f} s:"
-                f" {sink.under_way()} records in hand wait, nothing is lost{config.last_words}"
+                f"no answer from the broker for {now - silent_since:.0f} s: {sink.under_way()}"
+                f" records in hand wait, nothing is lost{config.last_words}"
             )
-            problem = config.Problem(text, since=self.unanswered_since)
-            return {"the broker answers": problem}
+            return {"the broker answers": config.Problem(text, since=silent_since)}
         found = {}
-        if self.latest and not self.latest.ends:
+        if look and not look.ends:
             text = f"topic {topic} does not exist any more, or this user may not see it"
             found["the topic is there"] = config.Problem(text)
-        for tp, partition in list(sink.partitions.items()):
-            unanswered = self.latest.problems.get(tp) if self.latest else None
-            if why := unanswered or partition.stands:
-                text = f"{topic}/{tp.partition} stands still at {partition.position}: {why}"
+        for tp in sink.assigned:
+            partition = sink.partitions.get(tp)
+            why = (look.problems.get(tp) if look else "") or (partition and partition.stands)
+            if why:
+                at = f" at {partition.position}" if partition else ""
+                text = f"{topic}/{tp.partition} stands still{at}: {why}; the others go on"
                 found[f"{topic}/{tp.partition} moves"] = config.Problem(text)
         if why := sink.waits_for_group(now):
             found["a partition is assigned"] = config.Problem(why)
         return found
 
     def lag(self, now: float) -> dict[int, int | None]:
-        """Records not yet committed, by partition; None where the brokers did not say lately."""
+        """Records not yet committed, by partition; None where it is not known."""
         known = self.latest.ends if self.latest and now - self.unanswered_since < 2 else {}
-        return {
-            tp.partition: max(0, known[tp] - partition.committed) if tp in known else None
-            for tp, partition in list(self.sink.partitions.items())
-        }
+        lag: dict[int, int | None] = {}
+        for tp in self.sink.assigned:
+            partition = self.sink.partitions.get(tp)
+            if partition is None or tp not in known:
+                lag[tp.partition] = None
+            else:
+                lag[tp.partition] = max(0, known[tp] - partition.committed)
+        return lag
 
     def show(self, now: float) -> None:
         """The status line: why it holds comes first, since a narrow terminal cuts the end off."""
@@ -629,6 +659,7 @@ class Monitor:
             stats.written,
             f" of {limit:.0f}{left}" if limit < math.inf else "",
             *(rate, lag, stats.retries, stats.dead_letters),
+            lag=lag,
         )
 
 
@@ -699,8 +730,9 @@ class Sink(ConsumerRebalanceListener):
     committed_at: float = -math.inf
     polled_at: float = -math.inf
     stepped_at: float = math.inf
-    waits_since: float = math.inf  # for a poll to end, or for a partition
-    assigned: bool = False  # whether a partition is
+    waits_since: float = math.inf  # for a partition
+    called_at: float = math.inf  # the Kafka client, which has not come back since
+    assigned: frozenset[TopicPartition] = frozenset()
 
     def __post_init__(self) -> None:
         self.notices = config.Notices(self.clock)
@@ -716,7 +748,8 @@ class Sink(ConsumerRebalanceListener):
         if self.range_unknown:
             self.find_range()
         left = self.limit - self.stats.done - self.under_way()
-        if self.unsettled() or self.room() >= min(POLL_ROOM, max(left, 1)):
+        enough = 1 if self.unsettled() else min(POLL_ROOM, max(left, 1))
+        if self.room() >= enough:
             self.take(self.poll(100 if self.is_idle() else 10, max(1, int(self.room()))))
             self.rest_where_nothing_comes()
         else:
@@ -743,7 +776,7 @@ class Sink(ConsumerRebalanceListener):
 
     def poll(self, timeout_ms: int, limit: int) -> dict[TopicPartition, list[Any]]:
         """Records in order; {} while something has to be settled first. Raises Unreadable."""
-        self.polled_at = self.clock()
+        self.polled_at = self.called_at = self.clock()
         self.waits_since = min(self.waits_since, self.polled_at)
         batches = {}
         try:
@@ -754,6 +787,7 @@ class Sink(ConsumerRebalanceListener):
                 raise_unless_transient(error)
             self.suspect()
             self.rewind()
+        self.called_at = math.inf
         if self.clock() - self.polled_at > 0.5:
             self.suspect()
         if new := self.unsettled():
@@ -850,12 +884,15 @@ class Sink(ConsumerRebalanceListener):
 
     def send_commit(self, positions: dict[TopicPartition, OffsetAndMetadata]) -> bool:
         """Whether it was acknowledged. Should the group have moved on, the next poll says so."""
+        self.called_at = self.clock()
         try:
             self.consumer.commit(positions)
         except KafkaError as error:
             raise_unless_transient(error)
             self.suspect()
             return False
+        finally:
+            self.called_at = math.inf
         self.last_committed |= {tp: at.offset for tp, at in positions.items()}
         return True
 
@@ -920,7 +957,7 @@ class Sink(ConsumerRebalanceListener):
     def positions(self) -> Look | None:
         """What the group has committed, when that was asked since it was wanted."""
         look = self.monitor.latest
-        fresh = look and look.positions and look.asked_at >= self.look_wanted_at
+        fresh = look and look.asked_at > self.look_wanted_at
         return look if fresh else None
 
     def verify(self) -> bool:
@@ -947,8 +984,8 @@ class Sink(ConsumerRebalanceListener):
         return True
 
     def wait_for_look(self, seconds: float) -> None:
-        """Wait until a commit can be verified; `seconds` at most."""
-        deadline = self.clock() + seconds
+        """Wait until a commit can be verified, if there may be one; `seconds` at most."""
+        deadline = self.clock() + seconds if self.partitions else self.clock()
         while not self.verified and not self.positions() and self.clock() < deadline:
             self.wait([Future()], 0.02)
 
@@ -974,8 +1011,12 @@ class Sink(ConsumerRebalanceListener):
             partition = Partition(begun[tp], begun[tp], moved_at=self.clock())
             if tp in look.committed:
                 partition.lost = look.committed[tp].metadata.removeprefix("lost ")
-                text = "%s/%d: the group goes on at its position %d; what is before it was written"
-                log.info(f"{text} by earlier runs, where these were told to", *tp, begun[tp])
+                text = (
+                    "%s/%d: group %s goes on at its position %d; objects before it are not under"
+                    " S3_PREFIX=%s unless an earlier run put them there"
+                )
+                group, prefix = self.settings.kafka_group_id, self.settings.s3_prefix
+                log.info(text, *tp, group, begun[tp], prefix)
             self.partitions[tp] = partition
             self.last_committed[tp] = begun[tp]
         if new - begun.keys():  # their leader does not answer, or is not known yet
@@ -1070,7 +1111,7 @@ class Sink(ConsumerRebalanceListener):
                     self.consumer.commit_async(positions)
         finally:
             self.partitions.clear()
-            self.assigned = False
+            self.assigned = frozenset()
             self.stats.holding.clear()
             # kafka-python 3 forgets a join that outlasts its poll, unless it is asked for.
             self.consumer._coordinator.request_rejoin()
@@ -1079,7 +1120,7 @@ class Sink(ConsumerRebalanceListener):
         self.consumer.pause(*assigned)
         for tp in assigned:
             self.consumer.seek(tp, 0)  # else the client looks for a position of its own
-        self.waits_since, self.assigned = self.clock(), bool(assigned)
+        self.waits_since, self.assigned = self.clock(), frozenset(assigned)
         self.suspect()
         log.info("assigned: %s", ", ".join(f"{t}/{p}" for t, p in sorted(assigned)) or "nothing")
 
@@ -1088,7 +1129,7 @@ class Sink(ConsumerRebalanceListener):
         group, topic = self.settings.kafka_group_id, self.settings.kafka_topic
         if now - self.waits_since < 2 or self.assigned:
             return ""
-        if now - self.polled_at < 1:
+        if self.called_at == math.inf or now - self.called_at < 1:
             return (
                 f"no partition of {topic} is assigned: group {group} has more consumers than the"
                 " topic has partitions; this one waits until another leaves"
@@ -1197,7 +1238,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def needs_bucket(values: Mapping[str, Any]) -> str:
+def bucket_is_set(values: Mapping[str, Any]) -> str:
     if values.get("s3_bucket", True):
         return ""
     return "S3_BUCKET is not set: name the bucket, in .env or the environment"
@@ -1233,7 +1274,7 @@ def consume(settings: Settings, bucket: Bucket, stop: config.Stop, limit: float)
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     try:
-        settings = Settings.from_env(config.environment({}), needs_bucket)
+        settings = Settings.from_env(config.environment({}), bucket_is_set)
         config.setup_logging(settings)
         stop = config.Stop()
         if args.audit:
@@ -1254,6 +1295,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except (Failure, *EXPECTED) as error:
         log.error("%s", error if isinstance(error, Failure) else explain(error))
+        return 1
+    except Exception as error:  # of the Kafka client's own, say: its issues know some
+        text = "ended unexpectedly by %s: %s; nothing is lost, start it again"
+        log.error(text, type(error).__name__, error, exc_info=log.isEnabledFor(logging.DEBUG))
         return 1
     return 0
 

@@ -25,7 +25,7 @@ import re
 import sys
 import threading
 import time
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
@@ -39,7 +39,7 @@ from config import Failure, Settings, SettingsError, Stop, output, status
 import pandas as pd
 from kafka import KafkaProducer
 from kafka.errors import KafkaTimeoutError
-from pandas.io.common import get_handle  # type: ignore[import-not-found] # how read_csv opens a file of any compression
+from pandas.io.common import get_handle  # type: ignore[import-not-found]
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +48,7 @@ Row = tuple[bytes | None, bytes]  # key, value
 # ------------------------------------------------------------------------------ rows of a CSV file
 
 CHUNK = 20_000  # rows that are Python objects at one time
+PROGRESS = 500_000  # rows, about a second's, after which a long reading shows how far it is
 
 # What pandas reads as missing, and the lone dashes of exchanges' files.
 _MISSING = (
@@ -62,14 +63,9 @@ _JSON_NUMBER = r"-?(?:0|[1-9][0-9]*+)(?:\.[0-9]++)?+(?:[eE][+-]?[0-9]++)?+"
 _NUMBER = r"[+-]?(?:(?:0|[1-9][0-9]*+)(?:\.[0-9]*+)?+|\.[0-9]++)(?:[eE][+-]?[0-9]++)?+"
 _CELL = rf"\s*+(?:(?:{_NUMBER}|{_MISSING})\s*+)?(?=\0)"
 
-_PLAIN = re.compile(_JSON_NUMBER)
-
 # The kinds of a column, and what the cells of the first two look like, a NUL behind each.
 JSON_NUMBERS, NUMBERS, TEXT = range(3)
 _CELLS = [re.compile(rf"(?>{cell}\0)*+") for cell in (_JSON_NUMBER, _CELL)]
-
-# A NUL, or a byte that is no UTF-8 as Python's surrogateescape marks it.
-_NO_TEXT = re.compile("[\0\udc80-\udcff]")
 
 # How the first two records look of a file that is no CSV, and what it is.
 _NO_CSV = (
@@ -92,20 +88,24 @@ class CsvFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.name = f"CSV_PATH={str(path)!r}"
-        self.oddities: dict[str, list[object]] = defaultdict(list)
         self.format: dict[str, Any] = {"encoding": "utf-8-sig", "compression": "infer"}
+        self.short: list[int] = []  # the lines of rows with fewer fields than the header
+        if not path.is_file():
+            raise self.wrong("is no file (a folder, or a pipe)")
         try:
+            # get_handle is how read_csv itself opens a file of any compression.
             with get_handle(path, "rb", is_text=False, compression="infer") as opened:
                 if opened.handle.read(2) in (b"\xff\xfe", b"\xfe\xff"):
                     self.format["encoding"] = "utf-16"
-            self.check()
+            self.check_records()
         except SettingsError:
             raise
         except Exception as error:  # each decompressor has errors of its own
-            if path.is_file() and os.access(path, os.R_OK):
-                self.check_kind(path.read_bytes()[:1000].decode("latin-1"))
-            what = f"cannot be read, or is an archive that is damaged or cut short: {error!r}"
-            raise self.wrong(what) from None
+            with suppress(OSError), path.open("rb") as file:
+                self.check_kind(file.read(1000).decode("latin-1"))
+            hint = "if it is an archive, it may be damaged or cut short: fetch it again"
+            why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+            raise self.wrong(f"cannot be read: {' '.join(why.split())}; {hint}") from None
 
     def wrong(self, what: str) -> SettingsError:
         return SettingsError(f"{self.name} {what}")
@@ -115,14 +115,13 @@ class CsvFile:
             if re.match(pattern, start, re.IGNORECASE):
                 raise self.wrong(what)
 
-    def check(self) -> None:
+    def check_records(self) -> None:
         """Find what pandas passes over in silence: it cuts a cell off at a NUL, and at the
         header's width a row that begins a chunk; it fills a short row up."""
         width, start = 0, ""
-        for line, record in self.records():
-            self.last_line = line
+        for self.last_line, record in self.records():  # noqa: B020
             text = ",".join(record)
-            if not text.isascii() or "\0" in text:
+            if "\0" in text or not text.isascii():
                 self.check_text(text)
             if start.count("\n") < 2:
                 start += text.replace("\n", " ") + "\n"
@@ -132,13 +131,16 @@ class CsvFile:
                 fields = f"line {self.last_line} has {len(record)}, the header {width}"
                 raise self.wrong(f"has rows with more fields than the header: {fields}")
             if len(record) < width:
-                self.oddities["rows have fewer fields than the header"].append(self.last_line)
+                self.short.append(self.last_line)
+        if not width:
+            raise self.wrong("is empty")
 
     def check_text(self, text: str) -> None:
-        if bad := _NO_TEXT.search(text):
+        """Refuse a record with a NUL, or with a byte that surrogateescape had to keep."""
+        if bad := re.search("[\0\udc80-\udcff]", text):
             line = self.last_line + len(re.findall("\r\n?|\n", text[: bad.start()]))
             if bad[0] == "\0":
-                raise self.wrong(f"has a NUL byte in line {line}: it is no text, or damaged")
+                raise self.wrong(f"has a NUL byte in line {line}: it is damaged, or no text")
             byte = f"0x{ord(bad[0]) - 0xDC00:02x}"
             raise self.wrong(f"is not UTF-8: line {line} has the byte {byte}; save it as UTF-8")
 
@@ -149,10 +151,12 @@ class CsvFile:
         line = 1
         with get_handle(self.path, "r", errors="surrogateescape", **self.format) as opened:
             reader = csv.reader(opened.handle)
-            for record in reader:
+            for number, record in enumerate(reader, 1):
                 if len(record) > 1 or "".join(record).strip(" \t"):
                     yield line, record
                 line = reader.line_num + 1
+                if number % PROGRESS == 0:
+                    status(log, "checking %s: %d lines", self.path.name, line)
 
     def line(self, row: int) -> int:
         """The line of the file on which a row begins; the first row is 0, the header -1."""
@@ -161,17 +165,18 @@ class CsvFile:
     def chunks(self) -> Iterator[pd.DataFrame]:
         """The rows as text, CHUNK at a time, as columns with the names that pandas gives."""
         options: dict[str, Any] = {"dtype": object, "na_filter": False, "index_col": False}
-        said = time.monotonic()
+        rows = 0
         try:
             for chunk in pd.read_csv(self.path, chunksize=CHUNK, **self.format, **options):
                 yield chunk
-                if time.monotonic() - said > 2:
-                    said = time.monotonic()
-                    status(log, "reading %s: row %d", self.path.name, chunk.index[-1])
-        except pd.errors.EmptyDataError:
-            raise self.wrong("is empty") from None
+                rows += len(chunk)
+                if rows and rows % PROGRESS == 0:
+                    status(log, "reading %s: %d rows", self.path.name, rows)
         except pd.errors.ParserError:
             raise self.wrong(f"has a quote in line {self.last_line} that nothing closes") from None
+
+
+_quote = json.JSONEncoder(ensure_ascii=False).encode
 
 
 class Column:
@@ -199,11 +204,11 @@ class Column:
 
 def number_json(cell: str) -> str:
     """A cell of a column of numbers: its own digits, in the form that JSON wants."""
-    if _PLAIN.fullmatch(cell):
-        return cell
     text = cell.strip()
     if text in MISSING:
         return "null"
+    if re.fullmatch(_JSON_NUMBER, text):
+        return text
     text = re.sub(r"^(-?)\.", r"\g<1>0.", text.removeprefix("+"))
     return re.sub(r"\.(?![0-9])", "", text)
 
@@ -213,11 +218,33 @@ def text_json(cell: str) -> str:
     return _quote(cell) if cell else "null"
 
 
-_quote = json.JSONEncoder(ensure_ascii=False).encode
-_FORMS = (str, number_json, text_json)  # by kind
+_FORMS = {NUMBERS: number_json, TEXT: text_json}
 
 
-def read_rows(path: Path, key_column: str = "") -> Rows:
+def row_maker(columns: Mapping[str, Column], key_column: str) -> Callable[[str], Row | None]:
+    """A function from a row's cells, with NULs between, to its key and value; None for a row
+    without any value."""
+    forms = [(at, _FORMS[column.kind]) for at, column in enumerate(columns.values()) if column.kind]
+    names = [_quote(name).replace("%", "%%") for name in columns]
+    template = "{" + ", ".join(f"{name}: %s" for name in names) + "}"
+    no_value = ["null"] * len(names)
+    key_at = list(columns).index(key_column) if key_column else None
+
+    def make(line: str) -> Row | None:
+        cells = line.split("\0")
+        key = None if key_at is None else cells[key_at].encode()
+        for at, form in forms:
+            cells[at] = form(cells[at])
+        if cells == no_value:
+            return None
+        if key_at is not None and cells[key_at] == "null":
+            key = None
+        return key, (template % tuple(cells)).encode()
+
+    return make
+
+
+def read_rows(path: Path, key_column: str = "") -> list[Row]:
     """The rows of a CSV file as (key, value): one JSON object each, UTF-8, in the CSV's column
     order. A number has the digits of the CSV, missing is null, rows with no value are left out.
 
@@ -225,7 +252,7 @@ def read_rows(path: Path, key_column: str = "") -> Rows:
     """
     file = CsvFile(path)
     columns: dict[str, Column] = {}
-    lines: list[str] = []
+    lines: list[Any] = []
     for chunk in file.chunks():
         columns = columns or {str(name): Column() for name in chunk}
         cells = [chunk[name].tolist() for name in columns]
@@ -236,8 +263,10 @@ def read_rows(path: Path, key_column: str = "") -> Rows:
         there = ", ".join(map(repr, columns))
         raise SettingsError(f"KAFKA_KEY_COLUMN={key_column!r}: {file.name} has only {there}")
     warn_of_oddities(file, columns)
-    rows = Rows(columns, key_column)
-    rows.lines = [line for line in lines if rows.has_value(line)]
+    make = row_maker(columns, key_column)
+    for at, line in enumerate(lines):  # in place, or the file would be in memory twice
+        lines[at] = make(line)
+    rows: list[Row] = list(filter(None, lines))
     if not rows:
         raise file.wrong("has no rows with a value in them")
     if dropped := len(lines) - len(rows):
@@ -245,69 +274,26 @@ def read_rows(path: Path, key_column: str = "") -> Rows:
     return rows
 
 
-class Rows(Sequence[Row]):
-    """Rows as (key, value), made when they are asked for; each is kept as the text of its cells
-    with NULs between."""
-
-    def __init__(self, columns: Mapping[str, Column], key_column: str) -> None:
-        self.lines: list[str] = []
-        forms = [_FORMS[column.kind] for column in columns.values()]
-        self.forms = [(at, form) for at, form in enumerate(forms) if form is not str]
-        names = [_quote(name).replace("%", "%%") for name in columns]
-        self.template = "{" + ", ".join(f"{name}: %s" for name in names) + "}"
-        self.key = list(columns).index(key_column) if key_column else None
-
-    def encode(self, line: str) -> list[str]:
-        """The cells of a row as JSON."""
-        cells = line.split("\0")
-        for at, form in self.forms:
-            cells[at] = form(cells[at])
-        return cells
-
-    def has_value(self, line: str) -> bool:
-        missing = MISSING.issuperset(map(str.strip, line.split("\0")))
-        return not missing or set(self.encode(line)) != {"null"}
-
-    def __len__(self) -> int:
-        return len(self.lines)
-
-    def __getitem__(self, at: Any) -> Any:
-        line = self.lines[at]
-        cells = self.encode(line)
-        key = None
-        if self.key is not None and cells[self.key] != "null":
-            key = line.split("\0")[self.key].encode()
-        return key, (self.template % tuple(cells)).encode()
-
-
 def warn_of_oddities(file: CsvFile, columns: Mapping[str, Column]) -> None:
     """Say what is no error and perhaps not meant: a line a kind, with the count and the first."""
-    header = next(file.records())[1]
-    file.oddities["columns have a name that is taken"] = [
-        name for at, name in enumerate(header) if name and name in header[:at]
-    ]
-    file.oddities["columns have no name"] = [
-        f"{name} in line {file.line(-1)}"
-        for name, written in zip(columns, header, strict=True)
-        if not written
-    ]
-    file.oddities["columns are text, though most of their cells are numbers"] = [
-        f"{name!r}: {column.others} of {column.others + column.numbers} are none, the first"
-        f" {column.first_other[1][:99]!r} in line {file.line(column.first_other[0])}"
-        for name, column in columns.items()
-        if column.kind == TEXT and column.numbers > column.others
-    ]
-    for what, where in file.oddities.items():
-        if where:
-            more = ", ..." if len(where) > 5 else ""
-            log.warning(
-                "%s: %d %s (%s%s)",
-                file.name,
-                len(where),
-                what,
-                ", ".join(map(str, where[:5])),
-                more,
-            )
+    line, header = next(file.records())
+    names = zip(header, columns, strict=True)
+    if renamed := [f"{old!r} is {new!r}" for old, new in names if old != new]:
+        what = "%s, line %d: %d columns have no name, or one that is taken: %s"
+        log.warning(what, file.name, line, len(renamed), ", ".join(renamed[:5]))
+    if file.short:
+        what = "%s: %d rows have fewer fields than the header, the first in line %d"
+        log.warning(what, file.name, len(file.short), file.short[0])
+    texts = {name: column for name, column in columns.items() if column.kind == TEXT}
+    mixed = [name for name, column in texts.items() if column.numbers > column.others]
+    told = []
+    for name in mixed[:5]:
+        row, text = columns[name].first_other
+        others = f"{columns[name].others} cells of {name!r} are none"
+        told.append(f"{others}, the first {text[:99]!r} in line {file.line(row)}")
+    if told:
+        what = "%s: %d columns of text have numbers in most cells: %s"
+        log.warning(what, file.name, len(mixed), "; ".join(told))
 
 
 def sample(rows: Sequence[Row], seed: int | None) -> Iterator[Row]:
@@ -335,21 +321,24 @@ class BadLine(Failure):
 _JSON = json.JSONDecoder(parse_constant=_no_json, parse_int=str, parse_float=str)
 
 
-def read_lines(lines: queue.Queue[bytes]) -> None:
-    """Put each line of standard input into `lines`, and an empty one at its end."""
-    with open(0, "rb", closefd=False) as stream:
-        for line in iter(lambda: stream.readline(MAX_LINE), b""):
-            lines.put(line)
-    lines.put(b"")
+def read_lines(lines: queue.Queue[bytes | OSError]) -> None:
+    """Put each line of standard input into `lines`, then an empty one or why there are no more."""
+    try:
+        with open(0, "rb", closefd=False) as stream:
+            for line in iter(lambda: stream.readline(MAX_LINE), b""):
+                lines.put(line)
+        lines.put(b"")
+    except OSError as error:
+        lines.put(error)
 
 
 def json_lines(key_field: str) -> Iterator[Row | None]:
     """The lines of standard input as (key, value), without their line ends; None while there is
-    none. A thread reads at most 16 lines ahead; blank lines are left out.
+    none. A thread reads at most 16 lines ahead. Blank lines are left out.
 
-    Raises Failure for a line that is no JSON object.
+    Raises BadLine for a line that is no JSON object.
     """
-    lines: queue.Queue[bytes] = queue.Queue(16)
+    lines: queue.Queue[bytes | OSError] = queue.Queue(16)
     threading.Thread(target=read_lines, args=[lines], daemon=True).start()
     number = 0
     while True:
@@ -358,19 +347,21 @@ def json_lines(key_field: str) -> Iterator[Row | None]:
         except queue.Empty:
             yield None
             continue
+        if isinstance(line, OSError):
+            raise BadLine(f"--stdin: the input cannot be read: {line.strerror}")
         if not line:
             return
         number += 1
         value = line.removesuffix(b"\n").removesuffix(b"\r")
-        if value.strip():
-            try:
-                key = key_of(value, key_field)
-            except (ValueError, RecursionError) as error:
-                text = value[:200].decode(errors="backslashreplace")
-                raise BadLine(
-                    f"--stdin: line {number} is no JSON object: {error}: {text}"
-                ) from None
-            yield key, value
+        if not value.strip():
+            continue
+        try:
+            key = key_of(value, key_field)
+        except (ValueError, RecursionError) as error:
+            why = getattr(error, "msg", error)  # JSON's own error counts lines too
+            start = value[:200].decode(errors="backslashreplace")
+            raise BadLine(f"--stdin: line {number} is no JSON object: {why}: {start}") from None
+        yield key, value
 
 
 def key_of(value: bytes, field: str) -> bytes | None:
@@ -378,7 +369,9 @@ def key_of(value: bytes, field: str) -> bytes | None:
     record = _JSON.decode(value.decode())
     if not isinstance(record, dict):
         raise ValueError(f"it is a {type(record).__name__}")
-    key = record.get(field)
+    key = record.get(field) if field else None
+    if isinstance(key, dict | list):
+        raise ValueError(f"its field {field!r} is the key, and neither text nor a number")
     if key is None:
         return None
     return (key if isinstance(key, str) else json.dumps(key)).encode()
@@ -472,11 +465,11 @@ class Sender:
             return
         speed = (self.sent - self.sent_then) / seconds
         self.reported, self.sent_then = self.clock(), self.sent
-        count, left = str(self.sent), ""
+        progress = f"sent {self.sent}"
         if limit < math.inf:
-            count = f"{self.sent} of {limit}"
-            left = f" | {(limit - self.sent) / speed:.0f} s left" if speed else " | ? s left"
-        status(log, "sent %s | %.1f/s%s | unacknowledged %d", count, speed, left, len(self.line))
+            left = f"{(limit - self.sent) / speed:.0f}" if speed else "?"
+            progress = f"sent {self.sent} of {limit}, {left} s left"
+        status(log, "%s | %.1f/s | unacknowledged %d", progress, speed, len(self.line))
 
     def refusal(self, error: Exception, row: Row) -> Failure:
         self.failed += 1
@@ -521,11 +514,11 @@ def step(sender: Sender, row: Row | None, sleep: Callable[[float], None] = time.
 def send_all(sender: Sender, rows: Iterator[Row | None], limit: float, stop: Stop) -> None:
     """Send rows until there are no more, `limit` are sent, or `stop`."""
     for row in rows:
-        while not stop.requested and not step(sender, row):
+        while not (stop.requested or step(sender, row)):
             sender.report(limit)
-        sender.report(limit)
         if stop.requested or sender.submitted >= limit:
             return
+        sender.report(limit)
 
 
 def run(sender: Sender, rows: Iterator[Row | None], limit: float, stop: Stop) -> None:
@@ -571,6 +564,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     try:
+        if args.stdin and sys.stdin is None:
+            raise SettingsError("--stdin: standard input is closed")
         environ = config.environment({"MESSAGES_PER_SECOND": args.rate, "RANDOM_SEED": args.seed})
         settings = Settings.from_env(environ, *([] if args.stdin else [csv_exists]))
         config.setup_logging(settings)

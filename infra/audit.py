@@ -89,7 +89,7 @@ ATTEMPTS = 3  # for each request to S3
 # What S3, the way to it or the credentials can raise.
 S3_ERRORS = (ClientError, BotoCoreError, ResponseParserError, aiohttp.ClientError, OSError)
 # Trying these again does not help.
-FINAL = ("AccessDenied", "NoCredentialsError", "NoSuchBucket", "NoSuchKey")
+FINAL = ("AccessDenied", "InvalidObjectState", "NoCredentialsError", "NoSuchBucket")
 
 
 # ------------------------------------------------------------------------------------ the bucket
@@ -145,6 +145,8 @@ class Bucket:
                 if code_of(error) == "NoSuchKey":
                     return None
                 raise
+            if "ETag" not in answer:
+                raise ResponseParserError("an answer without an ETag")  # a proxy's page
             async with answer["Body"] as body:
                 return bytes(await body.read())
 
@@ -313,7 +315,7 @@ class Topics:
 # ------------------------------------------------------------------------------------- the seals
 
 VERSION = 1
-SEAL_SIZE = 50_000  # offsets that a seal covers at most, beside those that retention had removed
+SEAL_SIZE = 20_000  # offsets that a seal covers at most, beside those that retention had removed
 SEAL_NAME = re.compile(r"_seals/partition=(0|[1-9][0-9]*)/(0|[1-9][0-9]*)-(0|[1-9][0-9]*)\.json")
 # What an offset is, by its letter in a seal.
 KINDS = {
@@ -1041,14 +1043,15 @@ class Audit(Proof):
     def still_lost(self, partition: int) -> Iterator[tuple[int, int]]:
         """Ranges (first, last) of what was lost and is neither an object nor a dead letter."""
         begin = self.ledgers[partition].begin  # what the topic has is looked at by itself
-        found = sorted(offset for p, offset in self.found if p == partition)
+        known = [(offset, offset) for p, offset in self.found if p == partition]
+        known += [(part.begin, part.until - 1) for part in self.sealed.get(partition, ())]
         for first, last in self.lost[partition]:
             last = min(last, begin - 1)
-            for offset in found:
-                if first <= offset <= last:
-                    if first < offset:
-                        yield first, offset - 1
-                    first = offset + 1
+            for start, end in sorted(known):
+                if first <= end and start <= last:
+                    if first < start:
+                        yield first, start - 1
+                    first = end + 1
             if first <= last:
                 yield first, last
 

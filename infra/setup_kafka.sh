@@ -135,13 +135,14 @@ remember() {
 # put FILE MODE OWNER:GROUP [UNIT]: writes stdin to FILE if that changes anything. The mark for UNIT
 # outlives this run, so that a run cut short does not forget the restart.
 put() {
-    local file=$1 mode=$2 owner=$3 unit=${4:-}
-    (umask 077 && cat >"$file.new")
-    if cmp -s "$file.new" "$file" && [[ "$(stat -c '%a %U:%G' "$file")" == "$mode $owner" ]]; then
-        rm "$file.new"
+    local file=$1 mode=$2 owner=$3 unit=${4:-} text
+    text="$(cat)"
+    if [[ -e $file && "$(<"$file")" == "$text" &&
+        "$(stat -c '%a %U:%G' "$file")" == "$mode $owner" ]]; then
         return
     fi
     [[ -z $unit ]] || touch "$CONF/.restart-$unit"
+    (umask 077 && echo "$text" >"$file.new")
     chown "$owner" "$file.new"
     chmod "$mode" "$file.new"
     mv "$file.new" "$file"
@@ -217,12 +218,12 @@ know_addresses() {
         die "no instance metadata service here: give --public-address and --private-address"
 }
 
-# Before anything is written: a name that nobody knows would be remembered and advertised.
-check_addresses() {
-    local entry
-    for entry in "$PUBLIC_ADDRESS" "$PRIVATE_ADDRESS" ${ZOOKEEPER//,/ }; do
-        [[ -n "$(address_of "${entry%:*}")" ]] ||
-            die "the address '${entry%:*}' cannot be resolved: is it misspelt, or not in DNS yet?"
+# Before anything is changed: a name that nobody knows would be remembered and advertised.
+check_names() {
+    local name
+    for name in "$PUBLIC" "$PRIVATE" ${ZOOKEEPER//,/ }; do
+        [[ $name == auto || -n "$(address_of "${name%:*}")" ]] ||
+            die "the address '${name%:*}' cannot be resolved: is it misspelt, or not in DNS yet?"
     done
 }
 
@@ -609,9 +610,9 @@ say_env() {
 install_all() {
     command -v systemctl >/dev/null || die "no systemctl: this needs a machine with systemd"
     trap 'rm -rf "$WORK"' EXIT
+    check_names
     install_packages
     know_addresses
-    check_addresses
     make_folders
     install_kafka
     keep_setup

@@ -49,6 +49,7 @@ def lines(caplog):
             if (record.name == "output") == (name == "output")
         ]
 
+    said.clear = caplog.clear
     return said
 
 
@@ -152,9 +153,9 @@ class Audited:
         return self.said(Verify(self.settings, self, SimpleNamespace(requested=False)).run(root))
 
     def said(self, proof):
-        before = len(self.lines("output"))
+        self.lines.clear()
         code = asyncio.run(proof)
-        return code, "\n".join(self.lines("output")[before:])
+        return code, "\n".join(self.lines("output"))
 
     def put(self, key, value, days=1):
         """Change an object, so many days from now."""
@@ -474,6 +475,21 @@ def test_records_that_retention_removed_before_they_were_written_are_named(audit
     assert said.endswith(": 4 lost")  # 3 has its object, the topic has 9 to 12
 
 
+def test_a_range_of_lost_records_may_hold_some_that_were_not(sealed):
+    """The consumer merges its oldest ranges when they become too many."""
+    sealed.values[0] += [b"{}"] * 10
+    sealed.begins[0] = sealed.committed[0] = 30
+    sealed.metadata[0] = "lost 3-28"
+    sealed.objects["raw/stock_market_25.json"] = b"{}"
+    code, said = sealed.run()
+    assert code == 1
+    lost = [line for line in said.splitlines() if line.startswith("LOST")]
+    assert [re.search(r"offsets (\d+ to \d+)", line)[1] for line in lost] == [
+        "20 to 24",
+        "26 to 28",
+    ]
+
+
 def test_an_audit_that_could_compare_nothing_is_no_proof(audited):
     audited.committed = {0: 0, 1: None, 2: 0}
     audited.objects.clear()
@@ -669,6 +685,19 @@ def test_a_topic_made_anew_does_not_have_what_was_sealed(audited):
     assert f"BROKEN: {FIRST}: sealed beyond the topic's end (10)" in audited.run()[1]
 
 
+def test_a_record_where_a_marker_was_sealed_is_named_and_the_other_way_round(audited):
+    audited.markers.add((0, 2))
+    object_2 = audited.objects.pop("raw/stock_market_2.json")
+    assert audited.seal()[0] == 0
+    audited.markers = {(0, 3)}
+    audited.objects["raw/stock_market_2.json"] = object_2
+    del audited.objects["raw/stock_market_3.json"]
+    code, said = audited.run()
+    assert code == 1
+    for offset in (2, 3):
+        assert f"DIFFERENT: test/0 offset {offset}: the topic's record is not" in said
+
+
 def test_a_bucket_without_seals_cannot_be_verified(audited):
     with pytest.raises(Failure, match=r"no seals under raw/_seals/: infra/audit\.py --seal"):
         audited.verify()
@@ -750,6 +779,8 @@ TAMPERED = [
     (edit(FIRST, b'"time":"', b'"time":"0'), f"BROKEN: {FIRST}: no seal, or a changed one"),
     (edit(FIRST, b'"root":"', b'"root":"0'), f"BROKEN: {FIRST}: no seal, or a changed one"),
     (edit(FIRST, b'{"', b'{ "'), f"BROKEN: {FIRST}: no seal, or a changed one"),
+    (forge(FIRST, last=99, kinds="3h"), "its parts do not fit together"),
+    (forge(FIRST, last=29_999, kinds="30000h", sha256=b"", md5=b""), "its parts do not fit"),
     (put(FIRST, b""), f"BROKEN: {FIRST}: no seal, or a changed one"),
     (put(FIRST, b"\xff"), f"BROKEN: {FIRST}: no seal, or a changed one"),
     (put(FIRST, b"[" * 100_000), f"BROKEN: {FIRST}: no seal, or a changed one"),

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import config
 import kafka_consumer
 import kafka_producer
-from config import Durations, Settings, SettingsError, environment, records, setup_logging, status
+from config import Settings, SettingsError, environment, setup_logging, status
 from kafka_consumer import bucket_is_set
 from kafka_producer import csv_exists
 

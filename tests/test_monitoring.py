@@ -1,5 +1,5 @@
 """The metrics are the scripts' counters; the rules, the dashboard and the metric names fit
-together, without a running Prometheus."""
+together, without a running Prometheus; what is handed to AWS is what its API takes."""
 
 import json
 import re
@@ -12,7 +12,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from urllib.request import urlopen
 
+import botocore.session
 import pytest
+from botocore.validate import ParamValidator
 
 from config import Failure
 from infra.monitoring import exporter
@@ -183,3 +185,46 @@ def test_dashboard_panels_have_their_own_ids_and_do_not_overlap() -> None:
     ]
     assert len(set(cells)) == len(cells)
     assert max(x for x, _ in cells) < 24, "Grafana's grid is 24 wide"
+
+
+def alert_names() -> list[str]:
+    return sorted(re.findall(r"- alert: (\w+)", (MONITORING / "alerts.yml").read_text()))
+
+
+def assert_accepted(service: str, operation: str, path: Path) -> dict:
+    """Check a file that is handed to the AWS CLI against the service's own model; its content."""
+    model = botocore.session.get_session().get_service_model(service).operation_model(operation)
+    parameters = json.loads(path.read_text())
+    report = ParamValidator().validate(parameters, model.input_shape)
+    assert not report.has_errors(), report.generate_report()
+    return parameters
+
+
+@pytest.mark.parametrize("alert", alert_names())
+def test_each_alert_is_an_alarm_of_cloudwatch_on_its_own_metric(alert: str) -> None:
+    folder = MONITORING / "cloudwatch"
+    of_log = assert_accepted("logs", "PutMetricFilter", folder / f"{alert}.filter.json")
+    alarm = assert_accepted("cloudwatch", "PutMetricAlarm", folder / f"{alert}.alarm.json")
+    made = of_log["metricTransformations"][0]
+    statistics = [
+        query["MetricStat"] for query in alarm.get("Metrics", ()) if "MetricStat" in query
+    ]
+    watched = statistics[0]["Metric"] if statistics else alarm
+    assert (made["metricNamespace"], made["metricName"]) == (
+        watched["Namespace"],
+        watched["MetricName"],
+    )
+    period = statistics[0]["Period"] if statistics else alarm["Period"]
+    assert period * alarm["EvaluationPeriods"] <= 86_400, "CloudWatch looks back a day at most"
+
+
+def test_there_is_no_alarm_without_an_alert() -> None:
+    files = {path.name for path in (MONITORING / "cloudwatch").iterdir()}
+    kinds = ("filter", "alarm")
+    assert files == {f"{alert}.{kind}.json" for alert in alert_names() for kind in kinds}
+
+
+def test_glue_takes_the_crawlers_definition() -> None:
+    crawler = assert_accepted("glue", "CreateCrawler", MONITORING.parent / "glue-crawler.json")
+    assert json.loads(crawler["Configuration"])["Version"] == 1.0
+    assert crawler["Targets"]["S3Targets"][0]["SampleSize"] < 250, "of each folder, Glue's limit"

@@ -18,7 +18,7 @@ from helpers import (
 )
 from kafka import KafkaConsumer, OffsetAndMetadata, TopicPartition
 from local_stack import API_VERSION
-from s3_faults import FaultyS3
+from s3_faults import FaultyS3, page
 
 from config import KafkaClient  # None with kafka-python 3
 
@@ -300,6 +300,14 @@ def test_a_request_that_fails_is_made_again(run, env, unlike, fault, operation):
     unlike.heal()
     assert script.wait() == 0, script.stderr
     assert "Traceback" not in script.stderr
+
+
+def test_a_page_in_the_place_of_an_object_is_no_difference(run, env, unlike):
+    unlike.answer(page(), only=("get",))
+    code, said = audit(run, env)
+    assert code == 1
+    assert "DIFFERENT" not in said
+    assert "stock_market_" in said and "that is no answer of S3" in said
 
 
 @pytest.mark.parametrize("fault", ["503", "torn", "reset"])

@@ -54,7 +54,13 @@ class Relayed:
         self.create_topic("any", [0])
         committed(self.internal, "any", "any")
         client = AdminClient({"bootstrap.servers": self.internal})
-        return client.list_topics(timeout=10).topics["__consumer_offsets"].partitions[0].leader
+
+        def leaders() -> list[int]:
+            topic = client.list_topics(timeout=10).topics.get("__consumer_offsets")
+            found = topic.partitions.values() if topic else []
+            return [partition.leader for partition in found if partition.leader >= 0]
+
+        return until(leaders, what="the coordinator")[0]
 
     def heal(self) -> None:
         for relay in self.relays:
@@ -140,7 +146,7 @@ def test_a_fetch_that_the_broker_refuses_is_said_with_place_reason_and_way_out(
     line = script.wait_for(rf"^.*{name}/0.*(refuse|fetch).*$", timeout=SOON, stream="stderr")[0]
     assert "compression.type" in line
     assert "KAFKA_API_VERSION" in line
-    assert re.search("76|UnsupportedCompression|[Uu]nexpected error", line), "the client's words"
+    assert "the client says" in line
     with idle(script):
         assert re.search(r"lag (5|\?)", next_status(script))
     assert objects() == {}
@@ -192,14 +198,8 @@ def test_a_broker_that_cannot_be_reached_at_the_start_is_named_and_the_others_ar
     ends_when_asked(script)
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        "mute",
-        pytest.param("cut", marks=pytest.mark.slow),
-        pytest.param("wall", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["mute", "cut", "wall"])
 def test_a_broker_that_cannot_be_reached_any_more_is_said_and_the_others_are_served(
     run, cluster, two, how
 ):
@@ -302,27 +302,35 @@ def test_a_slow_broker_is_not_called_mute(run, cluster, two):
     ends_when_asked(script)
 
 
-@pytest.mark.parametrize("byte", ["xor", "zero", "ff", "half"])
-def test_answers_that_are_spoilt_on_the_way_show_no_traceback(run, cluster, two, byte):
-    """Whatever the client makes of them: it goes on, or ends with one line."""
+SPOILT = {  # all but the length of an answer and the number of its request
+    "other": lambda data: data[:8] + bytes(byte ^ 0x55 for byte in data[8:]),
+    "zeros": lambda data: data[:8] + bytes(len(data) - 8),
+    "ones": lambda data: data[:8] + b"\xff" * (len(data) - 8),
+    "half": lambda data: data[: len(data) // 2] + b"\x01" * (len(data) - len(data) // 2),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", SPOILT)
+def test_answers_that_are_spoilt_on_the_way_are_got_over_or_said(run, cluster, two, how):
+    """Whatever the client makes of them: it goes on, ends with one line, or says that it waits."""
     write_to_both(cluster, two["topic"])
     script = run("kafka_consumer.py", env=two["env"])
     script.wait_for(r"partition=1/stock_market_2\.json", timeout=20)
-    for relay in cluster.relays:  # behind the length and the number of the request
-        relay.spoil = {
-            "xor": lambda data: data[:8] + bytes(byte ^ 0x55 for byte in data[8:]),
-            "zero": lambda data: data[:8] + bytes(len(data) - 8),
-            "ff": lambda data: data[:8] + b"\xff" * (len(data) - 8),
-            "half": lambda data: data[: len(data) // 2] + b"\x01" * (len(data) - len(data) // 2),
-        }[byte]
+    before = len(script.stderr)
+    for relay in cluster.relays:
+        relay.spoil = SPOILT[how]
     time.sleep(1)
     cluster.heal()
     write_to_both(cluster, two["topic"])
 
     def over() -> bool:
-        return script.process.poll() is not None or script.stdout.count("market_5.json") == 2
+        ended = script.process.poll() is not None
+        return (
+            ended or script.stdout.count("market_5.json") == 2 or "WARN" in script.stderr[before:]
+        )
 
-    until(over, 30, "the end, or the records that came later")
+    until(over, 2 * SOON, "the end, a word, or the records that came later")
     if script.process.poll() is None:
         return ends_when_asked(script)
     assert script.wait() == 1
@@ -363,6 +371,7 @@ def made(cluster: Relayed, topic: str, leaders: list[int]) -> bool:
 # ----------------------------------------------------------- nothing in a hold asks a broker
 
 
+@pytest.mark.slow
 def test_a_hold_goes_on_booking_and_committing_while_the_leader_is_mute(
     run, cluster, two, s3, objects
 ):
@@ -441,6 +450,7 @@ def go_on(scripts) -> None:
         assert " ERROR " not in script.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["hang_up", "mute"])
 def test_a_broker_that_listens_and_answers_3_s_later_is_waited_for_at_the_start(
     run, env, kafka, how

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
 import subprocess
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,12 +21,17 @@ def functions(script: str) -> str:
     return subprocess.check_output(["bash", "-c", f"source {SETUP}; {script}"], text=True)
 
 
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that every user can reach, which pytest's are not."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
 @pytest.mark.root
-def test_help_and_wrong_options_need_no_root(tmp_path: Path) -> None:
-    os.chmod(tmp_path, 0o755)
-    os.chmod(tmp_path.parent, 0o755)
-    os.chmod(tmp_path.parent.parent, 0o755)
-    folder = shutil.copytree(ROOT / "infra", tmp_path / "infra")
+def test_help_and_wrong_options_need_no_root(open_folder: Path) -> None:
+    folder = shutil.copytree(ROOT / "infra", open_folder, dirs_exist_ok=True)
+    folder.chmod(0o755)
 
     def setup(*options: str) -> subprocess.CompletedProcess[str]:
         command = [str(folder / "setup_kafka.sh"), *options]

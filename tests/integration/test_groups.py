@@ -36,6 +36,7 @@ def test_a_consumer_without_a_partition_says_why(run, env, topic):
         assert script.wait() == 0
 
 
+@pytest.mark.slow
 def test_a_restart_after_kill_9_says_that_it_waits_for_the_group(run, env, kafka, topic):
     """The broker waits for the killed member's session: 6 s."""
     produce(kafka.bootstrap, topic, numbered(0, 1))
@@ -60,15 +61,6 @@ def test_another_prefix_with_an_old_group_is_told_where_its_objects_begin(run, e
     assert re.search(r"\b5\b", line), line
     assert env["KAFKA_GROUP_ID"] in line or "group" in line, line
     assert script.wait() == 0
-
-
-def test_the_same_prefix_is_told_nothing_of_it(run, env, kafka, topic):
-    produce(kafka.bootstrap, topic, numbered(0, 8))
-    env = {**env, "S3_PREFIX": "same/"}
-    assert run("kafka_consumer.py", "--max-messages", "5", env=env).wait() == 0
-    script = run("kafka_consumer.py", "--max-messages", "3", env=env)
-    assert script.wait() == 0
-    assert "same/" not in script.stderr
 
 
 # ------------------------------------------------------------------------ where it begins
@@ -224,6 +216,7 @@ base.HeartbeatThread._run_once = run_once
 """
 
 
+@pytest.mark.slow
 def test_a_heartbeat_thread_that_has_died_ends_the_consumer_with_one_line(
     run, env, kafka, topic, tmp_path
 ):

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.real
 MONITORING = ROOT / "infra" / "monitoring"
 DASHBOARD = json.loads((MONITORING / "grafana-dashboard.json").read_text())
 VARIABLES = {"$topic": ".+", "$__rate_interval": "5s", "$__range": "1m"}
+STREAMS = ("stdout", "stderr")
 QUERIES = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
 for variable, value in VARIABLES.items():
     QUERIES = [query.replace(variable, value) for query in QUERIES]
@@ -189,23 +190,67 @@ def test_a_port_in_use_is_one_line_and_exit_code_1(run, env, name) -> None:
     assert f"METRICS_PORT={port}" in script.stderr and len(script.lines("stderr")) == 1
 
 
-def test_the_log_queries_name_fields_and_messages_that_the_scripts_write(faulty, run, env):
+@pytest.fixture
+def log_lines(faulty, run, env, kafka, topic) -> list[dict]:
+    """What the scripts write as JSON while records come, one is bad, S3 fails and answers, and a
+    second consumer has no partition."""
     env = {**env, "LOG_FORMAT": "json", "S3_ENDPOINT_URL": faulty.endpoint}
     consumer = run("kafka_consumer.py", env=env)
-    run("kafka_producer.py", "--rate", "20", env=env)
+    producer = run("kafka_producer.py", "--rate", "20", env=env)
     consumer.wait_for("Upload Successfully")
+    produce(kafka.bootstrap, topic, [b"not JSON"])
+    consumer.wait_for("dead letter: ")
     faulty.fail("503")
     consumer.wait_for("holding at")
     faulty.heal()
     consumer.wait_for("answers again")
-    lines = [json.loads(line) for line in (*consumer.lines("stdout"), *consumer.lines("stderr"))]
+    consumer.wait_for(r"\| lag \d+ \|")
+    spare = run("kafka_consumer.py", env=env)
+    unknown = re.compile(r"\| lag \? \|")  # one of the two has no partition
+    until(lambda: any(unknown.search(each.stderr) for each in (consumer, spare)), what="lag ?")
+    scripts = (consumer, producer, spare)
+    texts = [line for script in scripts for name in STREAMS for line in script.lines(name)]
+    return [json.loads(text) for text in texts]
+
+
+def test_the_log_queries_name_fields_and_messages_that_the_scripts_write(log_lines) -> None:
     blocks = re.findall(r"```\n(.+?)```", (MONITORING / "README.md").read_text(), re.DOTALL)
     queries = [block for block in blocks if "| " in block]
     assert len(queries) == 5
     patterns = {each for query in queries for each in re.findall(r"like /(.+)/", query)}
     for pattern in {each for whole in patterns for each in whole.split("|")}:
-        assert any(re.search(pattern, line["message"]) for line in lines), pattern
+        assert any(re.search(pattern, line["message"]) for line in log_lines), pattern
     named = {each for query in queries for each in re.findall(r"(?:fields|by) (.+)", query)}
     fields = {each for group in named for each in group.split(", ") if each.isidentifier()}
     assert {"topic", "partition", "offset"} < fields
-    assert fields <= {name for line in lines for name in line}
+    assert fields <= {name for line in log_lines for name in line}
+
+
+def matches(pattern: str, line: dict) -> bool:
+    """Whether CloudWatch's pattern of one condition matches a line: `*` stands for any text."""
+    field, operator, wanted = re.fullmatch(r"\{ \$\.(\w+) (=|>=) (.+) \}", pattern).groups()
+    if field not in line:
+        return False
+    if operator == ">=":
+        return isinstance(line[field], int) and line[field] >= float(wanted)
+    parts = map(re.escape, json.loads(wanted).split("*"))
+    return re.fullmatch(".*".join(parts), line[field], re.DOTALL) is not None
+
+
+# What is looked for in the consumer's source, for want of a group or a broker that does not answer.
+NOT_PROVOKED = {"PartitionStandsStill": "stands still:", "PartitionNotServed": "waiting for group "}
+
+
+def test_each_filter_of_cloudwatch_finds_a_line_that_the_scripts_write(log_lines) -> None:
+    found = {}
+    for path in (MONITORING / "cloudwatch").glob("*.filter.json"):
+        pattern = json.loads(path.read_text())["filterPattern"]
+        found[path.name.split(".")[0]] = [line for line in log_lines if matches(pattern, line)]
+    assert {name for name, lines in found.items() if not lines} <= set(NOT_PROVOKED)
+    assert {line["level"] for line in found["DeadLetters"]} == {"WARNING"}
+    every = found.pop("ScrapeGone")
+    assert len(every) == len(log_lines)
+    assert all(len(lines) < len(log_lines) for lines in found.values()), "a filter that takes all"
+    for name, words in NOT_PROVOKED.items():
+        assert words in (ROOT / "kafka_consumer.py").read_text()
+        assert words in (MONITORING / "cloudwatch" / f"{name}.filter.json").read_text()

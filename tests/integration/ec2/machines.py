@@ -163,7 +163,6 @@ class Instance(Machine):
 
     def __init__(self, private: str, trees: list[Path], trusted: Path) -> None:
         """`trees` are the layers of its disk, `trusted` is its file of certificate authorities."""
-        self.private = private
         self.hostname = f"ip-{private.replace('.', '-')}"
         self.cgroup = f"test-{self.hostname}-{secrets.token_hex(4)}"
         lower = ":".join(str(tree) for tree in trees)
@@ -179,6 +178,8 @@ class Instance(Machine):
         self.holder = hold(
             "unshare", "--net", "--mount", "--propagation=private", "bash", "-euc", script
         )
+        self.power: subprocess.Popen[bytes] | None = None
+        self.init = 0
         self.console = trusted.with_name(f"{self.cgroup}.log")
         self.sh_outside("ip link set lo up")
 
@@ -203,17 +204,17 @@ class Instance(Machine):
             self.power = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=console, stderr=console
             )
-        self.init = self._find_init()
+        self.init = self._find_init(self.power.pid)
         deadline = time.monotonic() + 300
         while self.sh("systemctl is-system-running --wait || true").strip() not in UP:
             assert time.monotonic() < deadline, self.console.read_text(errors="replace")
             time.sleep(0.1)
 
-    def _find_init(self) -> int:
+    def _find_init(self, shell: int) -> int:
         """The process that is the machine's number 1, a grandchild of the shell."""
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
-            for nspawn in children(self.power.pid):
+            for nspawn in children(shell):
                 for child in children(nspawn):
                     with contextlib.suppress(OSError):
                         command = Path(f"/proc/{child}/comm").read_text().strip()
@@ -224,19 +225,17 @@ class Instance(Machine):
 
     def power_off(self) -> None:
         """Everything that runs there is gone at once."""
-        if self.power.poll() is None:
+        if self.power and self.power.poll() is None:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.init, signal.SIGKILL)
+                if self.init:
+                    os.kill(self.init, signal.SIGKILL)
             self.power.communicate()
 
     def shut_down(self) -> None:
         """Stopped in order, as EC2 stops an instance."""
+        assert self.power
         self.sh("systemctl poweroff")
         self.power.wait(240)
-
-    def reboot(self) -> None:
-        self.shut_down()
-        self.power_on()
 
     @property
     def enter(self) -> list[str]:
