@@ -350,6 +350,8 @@ def test_following_the_readme_gives_a_broker_for_the_pair_on_the_laptop(
     said = reader.said
     assert said.count("[Sent]") == 5 and said.count("Upload Successfully") == 5
     assert "FAIL" not in said and f"KAFKA_BOOTSTRAP_SERVERS={PUBLIC}:9092" in said
+    # what this proves: the user's umask is a strict one, and sudo keeps it
+    assert broker.log_in("umask; sudo sh -c umask").split() == ["0077", "0077"]
     # it cannot reach its own public address, says so, and puts nothing on the loopback
     assert f"not tried: {PUBLIC}:9092" in said and "203.0.113" not in broker.sh(
         "ip address show lo"
