@@ -19,7 +19,7 @@ from kafka import OffsetAndMetadata
 from kafka.record import MemoryRecords
 from kafka.record.default_records import DefaultRecordBatchBuilder
 
-from config import Failure, KafkaClient, Settings, TransactionMarker, is_marker
+from config import Failure, KafkaClient, Settings, TransactionMarker, is_marker, output
 from infra.audit import NAME, Audit, Ledger, Seal, Verify, digest, lost_ranges
 from kafka_consumer import object_name
 
@@ -39,15 +39,11 @@ def some_settings(**environ):
 
 @pytest.fixture
 def lines(caplog):
-    """What was said, by logger: "output" or another."""
+    """What was printed."""
     caplog.set_level(logging.INFO)
 
-    def said(name=None):
-        return [
-            record.getMessage()
-            for record in caplog.records
-            if (record.name == "output") == (name == "output")
-        ]
+    def said():
+        return [record.getMessage() for record in caplog.records if record.name == output.name]
 
     said.clear = caplog.clear
     return said
@@ -155,7 +151,7 @@ class Audited:
     def said(self, proof):
         self.lines.clear()
         code = asyncio.run(proof)
-        return code, "\n".join(self.lines("output"))
+        return code, "\n".join(self.lines())
 
     def put(self, key, value, days=1):
         """Change an object, so many days from now."""
