@@ -590,7 +590,7 @@ UNSEALED = "objects that no seal covers"
 class Proof:
     """What an audit and a verification share: the seals, the listing, and what is said."""
 
-    KINDS = ("missing", "different", "stray", "broken", "lost")  # of problems
+    PROBLEMS = ("missing", "different", "stray", "broken", "lost")
     name = ""
 
     def __init__(self, settings: Settings, bucket: Any, stop: Any) -> None:
@@ -800,7 +800,7 @@ class Proof:
                 self.counts["sealed transaction markers"] += part.marks.count(Ledger.MARKER)
 
     def problems(self) -> list[str]:
-        return [kind for kind in self.KINDS if self.counts[kind]]
+        return [kind for kind in self.PROBLEMS if self.counts[kind]]
 
     def verdict(self, right: str) -> int:
         """Say what was counted and what is wrong, as the last line; the exit code."""
