@@ -178,7 +178,7 @@ class _Signer(S3SigV4Auth):
     time of a signature."""
 
     def headers_to_sign(self, request: Any) -> dict[str, str]:
-        host = {"host": URL(request.url, encoded=True).host_port_subcomponent}
+        host = {"host": URL(request.url, encoded=True).host_port_subcomponent or ""}
         return host | {name.lower(): text for name, text in request.headers.items()}
 
     def canonical_headers(self, headers: Mapping[str, str]) -> str:
@@ -748,7 +748,8 @@ class Sink(ConsumerRebalanceListener):
         if self.range_unknown:
             self.find_range()
         left = self.limit - self.stats.done - self.under_way()
-        if self.unsettled() or self.room() >= min(POLL_ROOM, max(left, 1)):
+        enough = 1 if self.unsettled() else min(POLL_ROOM, max(left, 1))
+        if self.room() >= enough:
             self.take(self.poll(100 if self.is_idle() else 10, max(1, int(self.room()))))
             self.rest_where_nothing_comes()
         else:
@@ -1294,6 +1295,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except (Failure, *EXPECTED) as error:
         log.error("%s", error if isinstance(error, Failure) else explain(error))
+        return 1
+    except Exception as error:  # of the Kafka client's own, say: its issues know some
+        text = "ended unexpectedly by %s: %s; nothing is lost, start it again"
+        log.error(text, type(error).__name__, error, exc_info=log.isEnabledFor(logging.DEBUG))
         return 1
     return 0
 

@@ -105,7 +105,7 @@ class CsvFile:
                 self.check_kind(file.read(1000).decode("latin-1"))
             hint = "if it is an archive, it may be damaged or cut short: fetch it again"
             why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-            raise self.wrong(f"cannot be read: {why}; {hint}") from None
+            raise self.wrong(f"cannot be read: {' '.join(why.split())}; {hint}") from None
 
     def wrong(self, what: str) -> SettingsError:
         return SettingsError(f"{self.name} {what}")
@@ -176,6 +176,9 @@ class CsvFile:
             raise self.wrong(f"has a quote in line {self.last_line} that nothing closes") from None
 
 
+_quote = json.JSONEncoder(ensure_ascii=False).encode
+
+
 class Column:
     """What is known of a column after its cells up to now; its kind is decided over the file."""
 
@@ -215,11 +218,33 @@ def text_json(cell: str) -> str:
     return _quote(cell) if cell else "null"
 
 
-_quote = json.JSONEncoder(ensure_ascii=False).encode
-_FORMS = (str, number_json, text_json)  # by kind
+_FORMS = {NUMBERS: number_json, TEXT: text_json}
 
 
-def read_rows(path: Path, key_column: str = "") -> Rows:
+def row_maker(columns: Mapping[str, Column], key_column: str) -> Callable[[str], Row | None]:
+    """A function from a row's cells, with NULs between, to its key and value; None for a row
+    without any value."""
+    forms = [(at, _FORMS[column.kind]) for at, column in enumerate(columns.values()) if column.kind]
+    names = [_quote(name).replace("%", "%%") for name in columns]
+    template = "{" + ", ".join(f"{name}: %s" for name in names) + "}"
+    no_value = ["null"] * len(names)
+    key_at = list(columns).index(key_column) if key_column else None
+
+    def make(line: str) -> Row | None:
+        cells = line.split("\0")
+        key = None if key_at is None else cells[key_at].encode()
+        for at, form in forms:
+            cells[at] = form(cells[at])
+        if cells == no_value:
+            return None
+        if key_at is not None and cells[key_at] == "null":
+            key = None
+        return key, (template % tuple(cells)).encode()
+
+    return make
+
+
+def read_rows(path: Path, key_column: str = "") -> list[Row]:
     """The rows of a CSV file as (key, value): one JSON object each, UTF-8, in the CSV's column
     order. A number has the digits of the CSV, missing is null, rows with no value are left out.
 
@@ -227,7 +252,7 @@ def read_rows(path: Path, key_column: str = "") -> Rows:
     """
     file = CsvFile(path)
     columns: dict[str, Column] = {}
-    lines: list[str] = []
+    lines: list[Any] = []
     for chunk in file.chunks():
         columns = columns or {str(name): Column() for name in chunk}
         cells = [chunk[name].tolist() for name in columns]
@@ -238,48 +263,15 @@ def read_rows(path: Path, key_column: str = "") -> Rows:
         there = ", ".join(map(repr, columns))
         raise SettingsError(f"KAFKA_KEY_COLUMN={key_column!r}: {file.name} has only {there}")
     warn_of_oddities(file, columns)
-    rows = Rows(columns, key_column)
-    rows.lines = [line for line in lines if rows.has_value(line)]
+    make = row_maker(columns, key_column)
+    for at, line in enumerate(lines):  # in place, or the file would be in memory twice
+        lines[at] = make(line)
+    rows: list[Row] = list(filter(None, lines))
     if not rows:
         raise file.wrong("has no rows with a value in them")
     if dropped := len(lines) - len(rows):
         log.warning("%d of %d rows have no value at all and are left out", dropped, len(lines))
     return rows
-
-
-class Rows(Sequence[Row]):
-    """Rows as (key, value), made when they are asked for; each is kept as the text of its cells
-    with NULs between."""
-
-    def __init__(self, columns: Mapping[str, Column], key_column: str) -> None:
-        self.lines: list[str] = []
-        forms = [_FORMS[column.kind] for column in columns.values()]
-        self.forms = [(at, form) for at, form in enumerate(forms) if form is not str]
-        names = [_quote(name).replace("%", "%%") for name in columns]
-        self.template = "{" + ", ".join(f"{name}: %s" for name in names) + "}"
-        self.key = list(columns).index(key_column) if key_column else None
-
-    def encode(self, line: str) -> list[str]:
-        """The cells of a row as JSON."""
-        cells = line.split("\0")
-        for at, form in self.forms:
-            cells[at] = form(cells[at])
-        return cells
-
-    def has_value(self, line: str) -> bool:
-        missing = MISSING.issuperset(map(str.strip, line.split("\0")))
-        return not missing or set(self.encode(line)) != {"null"}
-
-    def __len__(self) -> int:
-        return len(self.lines)
-
-    def __getitem__(self, at: Any) -> Any:
-        line = self.lines[at]
-        cells = self.encode(line)
-        key = None
-        if self.key is not None and cells[self.key] != "null":
-            key = line.split("\0")[self.key].encode()
-        return key, (self.template % tuple(cells)).encode()
 
 
 def warn_of_oddities(file: CsvFile, columns: Mapping[str, Column]) -> None:
@@ -473,11 +465,11 @@ class Sender:
             return
         speed = (self.sent - self.sent_then) / seconds
         self.reported, self.sent_then = self.clock(), self.sent
-        count, left = str(self.sent), ""
+        progress = f"sent {self.sent}"
         if limit < math.inf:
-            count = f"{self.sent} of {limit}"
-            left = f" | {(limit - self.sent) / speed:.0f} s left" if speed else " | ? s left"
-        status(log, "sent %s | %.1f/s%s | unacknowledged %d", count, speed, left, len(self.line))
+            left = f"{(limit - self.sent) / speed:.0f}" if speed else "?"
+            progress = f"sent {self.sent} of {limit}, {left} s left"
+        status(log, "%s | %.1f/s | unacknowledged %d", progress, speed, len(self.line))
 
     def refusal(self, error: Exception, row: Row) -> Failure:
         self.failed += 1
@@ -522,11 +514,11 @@ def step(sender: Sender, row: Row | None, sleep: Callable[[float], None] = time.
 def send_all(sender: Sender, rows: Iterator[Row | None], limit: float, stop: Stop) -> None:
     """Send rows until there are no more, `limit` are sent, or `stop`."""
     for row in rows:
-        while not stop.requested and not step(sender, row):
+        while not (stop.requested or step(sender, row)):
             sender.report(limit)
-        sender.report(limit)
         if stop.requested or sender.submitted >= limit:
             return
+        sender.report(limit)
 
 
 def run(sender: Sender, rows: Iterator[Row | None], limit: float, stop: Stop) -> None:

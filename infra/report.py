@@ -161,22 +161,24 @@ class Columns:
 
 def as_line(found: Object, value: bytes, columns: Columns) -> bytes:
     """A record as one line of JSON, with its place and time, for DuckDB. Raises Failure."""
+
+    def encoded(record: Any) -> bytes:
+        row = {
+            "record": {columns.name(field): content for field, content in record.items()},
+            "kafka_partition": found.partition,
+            "kafka_offset": found.offset,
+            "written_at": found.written_at,
+        }
+        text = json.dumps(row, ensure_ascii=False, allow_nan=False)
+        return text.encode(errors="replace") + b"\n"
+
     try:
         try:
-            record = json.loads(value)
-            json.dumps(record, allow_nan=False)
+            return encoded(json.loads(value))
         except ValueError:  # JSON has numbers that Python has not: 1e999, or of 5,000 digits
-            record = json.loads(value, parse_int=str, parse_float=str)
-        fields = {columns.name(field): content for field, content in record.items()}
+            return encoded(json.loads(value, parse_int=str, parse_float=str))
     except (ValueError, AttributeError):
         raise Failure(f"{found.key} is no JSON object: did the consumer write it?") from None
-    row = {
-        "record": fields,
-        "kafka_partition": found.partition,
-        "kafka_offset": found.offset,
-        "written_at": found.written_at,
-    }
-    return json.dumps(row, ensure_ascii=False).encode(errors="replace") + b"\n"
 
 
 class Reader:

@@ -134,7 +134,7 @@ def tables(draw):
             cells = [draw(number_cells() | missing) for _ in range(height)]
         else:
             cells = [draw(text_cells(first=row == 0)) for row in range(height)]
-        name = f"{at}{draw(TRICKY)}"
+        name = f"{at}:{draw(TRICKY)}"
         columns.append((name if width > 1 else name.translate(dict.fromkeys(b";|\t")), cells))
     return columns
 

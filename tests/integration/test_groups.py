@@ -63,16 +63,6 @@ def test_another_prefix_with_an_old_group_is_told_where_its_objects_begin(run, e
     assert script.wait() == 0
 
 
-@pytest.mark.slow
-def test_the_same_prefix_is_told_nothing_of_it(run, env, kafka, topic):
-    produce(kafka.bootstrap, topic, numbered(0, 8))
-    env = {**env, "S3_PREFIX": "same/"}
-    assert run("kafka_consumer.py", "--max-messages", "5", env=env).wait() == 0
-    script = run("kafka_consumer.py", "--max-messages", "3", env=env)
-    assert script.wait() == 0
-    assert "same/" not in script.stderr
-
-
 # ------------------------------------------------------------------------ where it begins
 
 

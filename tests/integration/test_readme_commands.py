@@ -15,7 +15,7 @@ import pytest
 from helpers import scratch_env, until
 from local_stack import ROOT, port_is_free
 
-TERMINALS = (ROOT / "README.md").read_text().split("\n## Two terminals\n")[1].split("\n**")[0]
+TERMINALS = (ROOT / "README.md").read_text().split("\n## Three terminals\n")[1].split("\n**")[0]
 BLOCKS = re.findall(r"```\n(.+?)```", TERMINALS, re.DOTALL)
 
 
