@@ -277,28 +277,29 @@ class Topics:
                 continue
             self.consumer.assign([tp])
             self.consumer.seek(tp, begin)
-            for position, batch in self.batches(tp, until):
+            for position, batch in self.batches(tp, begin, until):
                 yield from (record for record in batch if record.offset < until)
                 read = done + min(position, until) - begin
                 self.progress("read %d of %d offsets of %s", read, total, tp.topic)
             done += until - begin
 
-    def batches(self, tp: TopicPartition, until: int) -> Iterator[tuple[int, list[Any]]]:
-        """(position after it, records) of each poll, up to `until`."""
-        last = time.monotonic()
-        while (position := self.consumer.position(tp)) < until:
+    def batches(
+        self, tp: TopicPartition, begin: int, until: int
+    ) -> Iterator[tuple[int, list[Any]]]:
+        """(position after it, records) of each poll, from `begin` up to `until`."""
+        position, last = begin, time.monotonic()
+        while position < until:
             batch = self.consumer.poll(timeout_ms=500).get(tp, [])
-            now = time.monotonic()
-            moved = self.consumer.position(tp)
-            if moved != position:
-                last = now
+            now, moved = time.monotonic(), self.consumer.position(tp)
+            if moved is not None and moved != position:  # None: retention has overtaken it
+                position, last = moved, now
             elif now - last > PATIENCE:
                 raise Failure(
                     f"{tp.topic}/{tp.partition}: no records came for {PATIENCE:.0f} s from offset"
                     f" {position} on, of those up to {until}: the audit proves nothing"
                     f"{last_words_of_client()}"
                 )
-            yield moved, batch
+            yield position, batch
 
     def why_not(self, begins: Mapping[TopicPartition, int], seconds: float = 5) -> str:
         """What the client says when it shall get one record of each partition; "" when it can."""
