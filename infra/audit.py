@@ -836,8 +836,9 @@ class Verify(Proof):
         await self.read_bucket(sum(part.marks.count(Ledger.RECORD) for part in parts))
         self.report_sealed()
         for partition, chain in sorted(self.chains.items()):
-            text = "checked %s/%d: sealed up to offset %d, %s"
-            output.info(text, self.topic, partition, chain.next - 1, chain.time)
+            if chain.key:
+                text = "checked %s/%d: sealed up to offset %d, %s"
+                output.info(text, self.topic, partition, chain.next - 1, chain.time)
         present = list(roots)[-1] if roots else "none"
         return self.verdict(f"every sealed object is there, every byte the same; root {present}")
 
@@ -1032,7 +1033,7 @@ class Audit(Proof):
 
     def report_range(self, partition: int, ledger: Ledger) -> None:
         chain = self.chains.get(partition)
-        if chain and chain.next < ledger.begin:
+        if chain and chain.key and chain.next < ledger.begin:
             text = "not sealed: %s/%d offsets %d to %d, which retention has removed"
             output.info(text, self.topic, partition, chain.next, ledger.begin - 1)
         output.info(
