@@ -285,7 +285,7 @@ class Settings:
     s3_bucket: str = _setting("", _optional(_bucket))
     s3_prefix: str = _setting("", _prefix)
     s3_endpoint_url: str | None = _setting("", _optional(_url))
-    s3_max_concurrency: int = _setting("64", _number(1, 256))  # records in hand
+    s3_max_concurrency: int = _setting("64", _number(1, 10_000))
     log_level: str = _setting("INFO", _choice("DEBUG", "INFO", "WARNING", "ERROR"))
     log_format: str = _setting("text", _choice("text", "json"))
     metrics_port: int | None = _setting("", _optional(_number(1, 65535)))
@@ -671,6 +671,14 @@ def _producer_timeouts(request_timeout_ms: int) -> dict[str, Any]:
     return {"request_timeout_ms": _FOREVER, "kafka_client": client}
 
 
+def track_topic(consumer: KafkaConsumer, topic: str) -> None:
+    """Have the metadata of one topic kept, for a consumer that subscribes to none."""
+    if KafkaClient:  # which never learns that a topic is gone if it is the only one
+        consumer._client.set_topics([topic, "__consumer_offsets"])
+    else:
+        consumer._client.cluster.set_topics([topic])
+
+
 class _AnyHeader(bytearray):
     """A batch's bytes in which a header's name may be no UTF-8."""
 
@@ -797,8 +805,9 @@ def _ask_metadata(settings: Settings) -> tuple[set[str], dict[tuple[str, int], l
         brokers: dict[tuple[str, int], list[str]] = {}
         for broker in cluster.brokers():
             # kafka-python 3 keeps the bootstrap addresses apart, and calls the field node_id.
-            if not str(getattr(broker, "nodeId", "")).startswith("bootstrap"):
-                led = sorted(cluster.partitions_for_broker(broker[0]) or ())
+            node = broker.nodeId if hasattr(broker, "nodeId") else broker.node_id
+            if not str(node).startswith("bootstrap"):
+                led = sorted(cluster.partitions_for_broker(node) or ())
                 names = [f"{t}/{p}" for t, p in led if t == settings.kafka_topic]
                 brokers[broker.host, broker.port] = names
         if not brokers:

@@ -544,8 +544,7 @@ def look(client: Any, topic: str, asked_at: float, heard: Callable[[], None]) ->
     begins: dict[TopicPartition, int] = {}
     ends: dict[TopicPartition, int] = {}
     problems: dict[TopicPartition, str] = {}
-    # Of a single topic kafka-python-ng never learns that it is gone.
-    client._client.set_topics([topic, "__consumer_offsets"])
+    config.track_topic(client, topic)
     tps = [TopicPartition(topic, p) for p in sorted(client.partitions_for_topic(topic) or ())]
     leader = client._client.cluster.leader_for_partition
     for node in {leader(tp) for tp in tps}:
@@ -601,7 +600,7 @@ class Monitor:
         """Hear, ask, say: each where it is time."""
         now = self.clock()
         if self.asking and self.asking.done():
-            if self.asking.exception() is None:
+            if not isinstance(self.asking.exception(), KafkaError):
                 self.latest, self.unanswered_since = self.asking.result(), math.inf
             self.asking = None
         wanted = self.latest is None or self.latest.asked_at <= self.sink.look_wanted_at

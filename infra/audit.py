@@ -277,28 +277,29 @@ class Topics:
                 continue
             self.consumer.assign([tp])
             self.consumer.seek(tp, begin)
-            for position, batch in self.batches(tp, until):
+            for position, batch in self.batches(tp, begin, until):
                 yield from (record for record in batch if record.offset < until)
                 read = done + min(position, until) - begin
                 self.progress("read %d of %d offsets of %s", read, total, tp.topic)
             done += until - begin
 
-    def batches(self, tp: TopicPartition, until: int) -> Iterator[tuple[int, list[Any]]]:
-        """(position after it, records) of each poll, up to `until`."""
-        last = time.monotonic()
-        while (position := self.consumer.position(tp)) < until:
+    def batches(
+        self, tp: TopicPartition, begin: int, until: int
+    ) -> Iterator[tuple[int, list[Any]]]:
+        """(position after it, records) of each poll, from `begin` up to `until`."""
+        position, last = begin, time.monotonic()
+        while position < until:
             batch = self.consumer.poll(timeout_ms=500).get(tp, [])
-            now = time.monotonic()
-            moved = self.consumer.position(tp)
-            if moved != position:
-                last = now
+            now, moved = time.monotonic(), self.consumer.position(tp)
+            if moved is not None and moved != position:  # None: retention has overtaken it
+                position, last = moved, now
             elif now - last > PATIENCE:
                 raise Failure(
                     f"{tp.topic}/{tp.partition}: no records came for {PATIENCE:.0f} s from offset"
                     f" {position} on, of those up to {until}: the audit proves nothing"
                     f"{last_words_of_client()}"
                 )
-            yield moved, batch
+            yield position, batch
 
     def why_not(self, begins: Mapping[TopicPartition, int], seconds: float = 5) -> str:
         """What the client says when it shall get one record of each partition; "" when it can."""
@@ -590,7 +591,7 @@ UNSEALED = "objects that no seal covers"
 class Proof:
     """What an audit and a verification share: the seals, the listing, and what is said."""
 
-    KINDS = ("missing", "different", "stray", "broken", "lost")  # of problems
+    PROBLEMS = ("missing", "different", "stray", "broken", "lost")
     name = ""
 
     def __init__(self, settings: Settings, bucket: Any, stop: Any) -> None:
@@ -800,7 +801,7 @@ class Proof:
                 self.counts["sealed transaction markers"] += part.marks.count(Ledger.MARKER)
 
     def problems(self) -> list[str]:
-        return [kind for kind in self.KINDS if self.counts[kind]]
+        return [kind for kind in self.PROBLEMS if self.counts[kind]]
 
     def verdict(self, right: str) -> int:
         """Say what was counted and what is wrong, as the last line; the exit code."""
@@ -835,8 +836,9 @@ class Verify(Proof):
         await self.read_bucket(sum(part.marks.count(Ledger.RECORD) for part in parts))
         self.report_sealed()
         for partition, chain in sorted(self.chains.items()):
-            text = "checked %s/%d: sealed up to offset %d, %s"
-            output.info(text, self.topic, partition, chain.next - 1, chain.time)
+            if chain.key:
+                text = "checked %s/%d: sealed up to offset %d, %s"
+                output.info(text, self.topic, partition, chain.next - 1, chain.time)
         present = list(roots)[-1] if roots else "none"
         return self.verdict(f"every sealed object is there, every byte the same; root {present}")
 
@@ -1031,7 +1033,7 @@ class Audit(Proof):
 
     def report_range(self, partition: int, ledger: Ledger) -> None:
         chain = self.chains.get(partition)
-        if chain and chain.next < ledger.begin:
+        if chain and chain.key and chain.next < ledger.begin:
             text = "not sealed: %s/%d offsets %d to %d, which retention has removed"
             output.info(text, self.topic, partition, chain.next, ledger.begin - 1)
         output.info(

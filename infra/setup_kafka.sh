@@ -752,7 +752,7 @@ need_files() {
 }
 
 main() {
-    umask 022 # real sudo keeps the caller's: with 077 the user kafka could read nothing
+    umask 022 # real sudo keeps the caller's: with 077 the services could read nothing
     parse "$@"
     if [[ $ACTION == help ]]; then
         usage

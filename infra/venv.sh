@@ -4,7 +4,7 @@ set -euo pipefail
 
 readonly USAGE='Usage: infra/venv.sh [EXTRA]
 Makes .venv (or the folder in VENV) and installs the project into it, with an
-extra of pyproject.toml: local, metrics, report or test. A folder that was
+extra of pyproject.toml: fast, local, metrics, report, test. A folder that was
 moved, or whose Python is gone, is made anew. PYTHON chooses the interpreter:
 3.11 or newer. Where uv is installed it does the work, otherwise venv and pip.'
 
@@ -23,7 +23,7 @@ die() {
 
 # The names under [project.optional-dependencies], one a line.
 extras() {
-    sed -n '/^\[project.optional-dependencies\]/,/^\[tool/s/^\([a-z]*\) = .*/\1/p' \
+    sed -n '/^\[project.optional-dependencies\]/,/^\[tool/s/^\([a-z][a-z0-9_-]*\) = .*/\1/p' \
         "$ROOT/pyproject.toml"
 }
 

@@ -16,6 +16,8 @@ import botocore.session
 import pytest
 from botocore.validate import ParamValidator
 
+import kafka_consumer
+import kafka_producer
 from config import Failure
 from infra.monitoring import exporter
 
@@ -123,7 +125,7 @@ def test_uploads_are_counted_in_buckets_that_cover_everything(settings, scrape) 
 
 
 def test_the_producers_counters_are_served_by_their_names(settings, scrape) -> None:
-    sender = SimpleNamespace(sent=5, failed=1, rate=2.5, waiting=3, last_success=1.5e9)
+    sender = SimpleNamespace(sent=5, failed=1, rate=2.5, unacknowledged=3, last_success=1.5e9)
     exporter.serve_producer(settings, sender)
     assert scrape() == {
         'kafka_csv_records_sent_total{topic="test"}': 5,
@@ -132,6 +134,16 @@ def test_the_producers_counters_are_served_by_their_names(settings, scrape) -> N
         'kafka_csv_unacknowledged_records{topic="test"}': 3,
         'kafka_csv_last_success_timestamp_seconds{topic="test"}': 1.5e9,
     }
+
+
+def test_the_scripts_own_counters_are_what_the_exporter_reads() -> None:
+    pairs = (
+        (exporter.CONSUMER, kafka_consumer.Stats()),
+        (exporter.PRODUCER, kafka_producer.Sender(producer=None, topic="test", rate=1)),
+    )
+    for table, counters in pairs:
+        assert len(list(exporter.Reader("test", table, counters).collect())) == len(table)
+    assert callable(kafka_consumer.Stats().observe_upload)
 
 
 def test_a_port_that_is_taken_is_a_failure_that_names_it(settings) -> None:

@@ -82,7 +82,11 @@ PRODUCER = (
     Served(
         "kafka_csv_rate", "Messages a second asked for; 0: as fast as possible.", number("rate")
     ),
-    Served("kafka_csv_unacknowledged_records", "Sent and not yet acknowledged.", number("waiting")),
+    Served(
+        "kafka_csv_unacknowledged_records",
+        "Sent and not yet acknowledged.",
+        number("unacknowledged"),
+    ),
     Served(
         "kafka_csv_last_success_timestamp_seconds",
         "Last acknowledgement.",

@@ -84,6 +84,7 @@ def test_it_serves_what_env_example_names_and_leaves_nothing_behind(
     assert port_is_free(port) and port_is_free(s3_port)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's help is Linux's")
 def test_its_servers_die_with_it_when_it_is_killed(
     kafka: Kafka, stack: Callable[..., Script]
