@@ -46,6 +46,7 @@ class Watched(Sink):
         super().__post_init__()
         self.counted = Counter()
         self.life = 0
+        self.failing_since = math.inf
 
     def finish(self, record, outcome):
         self.counted[self.life, record.partition, record.offset] += 1
@@ -90,7 +91,7 @@ class World:
         self.looks = 0.003
         self.s3 = "well"
         self.share = 0.0  # of attempts that fail
-        self.all_fail_since = math.inf
+        self.last_silence_ends = -math.inf
         self.succeeded_at = -math.inf
         self.members = []
         self.ended = None  # the Failure that ended a process
@@ -179,10 +180,8 @@ class World:
     )
 
     def set_s3(self, how):
-        if how == "down":
-            self.all_fail_since = min(self.all_fail_since, self.clock())
-        else:
-            self.all_fail_since = math.inf
+        if self.s3 == "silent":
+            self.last_silence_ends = self.clock() + TIMEOUT
         self.s3 = how
 
     def outage(self, chance):
@@ -284,7 +283,11 @@ class World:
         if taken > before:
             assert before < BYTES_IN_HAND, "nothing is taken above 32 MB"
             assert taken <= BYTES_IN_HAND + POLL_BYTES + max(self.sizes), "32 MB and one poll"
-        if self.clock() - self.all_fail_since > 2 * TIMEOUT:
+        if self.s3 != "down" or not sink.stats.holding:
+            sink.failing_since = math.inf
+        elif sink.failing_since == math.inf:
+            sink.failing_since = max(self.clock(), self.last_silence_ends)
+        if self.clock() - sink.failing_since > 0.5:
             assert len(sink.uploader.under_way) <= 1, "one attempt at a time while all fails"
 
     def uncommitted(self, sink):
