@@ -635,9 +635,7 @@ def test_with_a_limit_the_status_says_how_many_of_how_many_and_the_time_left(clo
     broker = Broker(clock, cost=0.01)
     run(Sender(broker, "test", 0, clock), sample(ABC, 1), 1000, GO)
     status = [line for line in lines() if line.startswith("sent ")]
-    assert re.match(
-        r"sent \d+ of 1000, [789] s left \| \d+\.\d/s \| unacknowledged \d+$", status[1]
-    )
+    assert re.match(r"sent \d+ of 1000, [78] s left \| \d+\.\d/s \| unack", status[1])
 
 
 def test_a_stop_is_acknowledged_with_what_is_under_way(clock, broker, lines):
@@ -743,7 +741,10 @@ def test_a_pipe_that_pauses_is_neither_caught_up_with_nor_silence(clock, broker,
             times.append(clock())
             yield ROW
 
-    run(sender, pipe(), math.inf, GO)
+    for row in pipe():
+        while not step(sender, row, clock.sleep):
+            pass
+    sender.settle(1)
     assert times[-1] - times[0] == pytest.approx(1.9, abs=0.15)
     assert sender.sent == 23 and lines() == []
 
