@@ -467,7 +467,8 @@ class Sender:
         seconds = self.clock() - self.reported
         if seconds < 1 or (self.printing and not sys.stderr.isatty()):
             return
-        self.settle(0)
+        if self.line:
+            self.settle(0)
         speed = (self.sent - self.sent_then) / seconds
         self.reported, self.sent_then = self.clock(), self.sent
         progress = f"sent {self.sent}"
