@@ -983,7 +983,7 @@ class Sink(ConsumerRebalanceListener):
         look = self.positions()
         if look is None:
             return False
-        for tp in self.partitions:
+        for tp in self.assigned:
             ours, there = self.last_committed.get(tp), look.committed.get(tp)
             if ours is not None and (there is None or there.offset < ours):
                 raise Failure(
@@ -1002,7 +1002,9 @@ class Sink(ConsumerRebalanceListener):
             self.wait([Future()], 0.02)
 
     def unsettled(self) -> set[TopicPartition]:
-        return self.consumer.assignment() - self.partitions.keys()
+        """Assigned, and without a position. The client itself still shows the partitions of an
+        earlier assignment while it joins the group again."""
+        return set(self.assigned - self.partitions.keys())
 
     def settle(self, new: set[TopicPartition]) -> None:
         """Give newly assigned partitions, paused since, their position. Where the group has none
@@ -1116,6 +1118,7 @@ class Sink(ConsumerRebalanceListener):
         kafka-python 3 forbids in here: the commit travels ahead of what gives them up."""
         try:
             with suppress(Failure):  # whoever has the partition next meets it again
+                self.suspect()
                 self.drain(2)
                 self.wait_for_look(1)
                 if self.partitions and self.verify():

@@ -128,27 +128,31 @@ class Broker:
             return Record(TOPIC, tp.partition, offset, TransactionMarker(b"\0\0\0\1"), b"\0" * 6)
         return Record(TOPIC, tp.partition, offset, None, self.values(tp.partition, offset))
 
-    def look(self, asked_at, positions):
+    def look(self, asked_at, heard):
         """What `kafka_consumer.looking` asks of the brokers, answered after `look_takes`."""
         answer: Future[Look] = Future()
         takes = self.look_takes()
-        if takes == math.inf:
-            self.clock.after(2.5, lambda: answer.set_exception(KafkaTimeoutError("slow")))
-        else:
-            self.clock.after(takes, lambda: answer.set_result(self.seen(asked_at, positions)))
+
+        def end():
+            if takes == math.inf:
+                answer.set_exception(KafkaTimeoutError("slow"))
+            else:
+                heard()
+                answer.set_result(self.seen(asked_at))
+
+        self.clock.after(min(takes, 2.5), end)
         return answer
 
-    def seen(self, asked_at, positions):
+    def seen(self, asked_at):
         heard = self.ends.keys() - self.mute
         return Look(
             asked_at,
             {tp: self.begins[tp] for tp in heard},
             {tp: self.ends[tp] for tp in heard},
             dict.fromkeys(self.mute, "its leader, broker 2, does not answer"),
-            positions,
             {
                 tp: SimpleNamespace(offset=at, metadata=self.metadata.get(tp, ""))
-                for tp, at in (self.group if positions else {}).items()
+                for tp, at in self.group.items()
             },
         )
 
@@ -195,6 +199,7 @@ class Client:
         self.polls: list[tuple[float, set[TopicPartition]]] = []
         self.listener: Any = None
         self.closed = self.rejoins = False
+        self.bytes_at_most = math.inf  # of what one poll gives, one record at least
 
     def _raise(self, method):
         if self.errors.get(method):
@@ -266,16 +271,26 @@ class Client:
 
     def _give(self, room):
         answer = {}
+        size = 0
         for tp in self._fetchable():
-            give, self.fetched[tp] = self.fetched[tp][:room], self.fetched[tp][room:]
-            if give:
-                answer[tp] = [self.broker.record(tp, offset) for offset in give]
-                self.at[tp] = give[-1] + 1
-                room -= len(give)
-            if not room:
-                break
+            records = []
+            while self.fetched[tp] and room and size < self.bytes_at_most:
+                record = self.broker.record(tp, self.fetched[tp].pop(0))
+                records.append(record)
+                room -= 1
+                size += len(record.value or b"")
+            if records:
+                answer[tp] = records
+                self.at[tp] = records[-1].offset + 1
         self.clock.wait(0.001 if answer else 0)
         return answer
+
+    def drop_fetched(self):
+        """As an error does that the client raises: the position is behind what is gone."""
+        for tp, offsets in self.fetched.items():
+            if offsets:
+                self.at[tp] = offsets[-1] + 1
+        self.fetched.clear()
 
     def position(self, tp):
         assert tp in self.at, "Partition is not assigned"
@@ -351,14 +366,13 @@ class Uploads:
         for taken in batch:
             assert taken.attempt is None, "two attempts at once for one record"
             taken.attempt = Future()
-        self.waiting += batch
+        self.waiting += [(taken.attempt, taken.record) for taken in batch]
         self._begin()
 
     def _begin(self):
         while self.waiting and len(self.under_way) < self.slots:
-            taken = self.waiting.pop(0)
-            attempt, record = taken.attempt, taken.record
-            if attempt is None or not attempt.set_running_or_notify_cancel():
+            attempt, record = self.waiting.pop(0)
+            if not attempt.set_running_or_notify_cancel():
                 continue
             self.submitted.append((record.partition, record.offset))
             self.times.append((self.clock(), record.partition, record.offset))

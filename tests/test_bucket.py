@@ -339,11 +339,14 @@ class Renewing(Bucket):
         self.credentials, self.keys_until = Credentials(found), 0.0
 
 
-def renewed(loop, bucket, seconds):
+EXPIRED = S3Error("ExpiredToken", "why")
+
+
+def renewed(loop, bucket, seconds, error=EXPIRED):
     async def often():
         until = loop.time() + seconds
         while loop.time() < until:
-            await bucket.renew()
+            await bucket.renew(error)
             await asyncio.sleep(0.05)
 
     loop.run_until_complete(often())
@@ -357,10 +360,17 @@ def test_new_credentials_are_looked_for_at_a_growing_distance(loop):
     assert pauses[0] < 1 and all(1.9 <= pause <= 2.2 for pause in pauses[4:])
 
 
+def test_after_errors_that_are_not_of_credentials_they_are_looked_for_seldom(loop):
+    bucket = Renewing(loop)
+    renewed(loop, bucket, 300, S3Error("SlowDown", "why"))
+    pauses = [b - a for a, b in zip(bucket.looked, bucket.looked[1:], strict=False)]
+    assert all(30 <= pause <= 30.2 for pause in pauses[-3:])
+
+
 def test_those_in_use_stay_until_others_are_there(loop):
     bucket = Renewing(loop, None, None, "new")
     assert loop.run_until_complete(bucket.keys()) == "old"
-    loop.run_until_complete(bucket.renew())
+    loop.run_until_complete(bucket.renew(EXPIRED))
     assert loop.run_until_complete(bucket.keys()) == "old"
     renewed(loop, bucket, 5)
     assert loop.run_until_complete(bucket.keys()) == "new"
@@ -369,7 +379,7 @@ def test_those_in_use_stay_until_others_are_there(loop):
 def test_a_lookup_that_hangs_is_given_up_after_a_minute_and_tried_again(loop, lines):
     bucket = Renewing(loop, "hangs", "new")
     began = loop.time()
-    loop.run_until_complete(bucket.renew())
+    loop.run_until_complete(bucket.renew(EXPIRED))
     assert loop.time() - began == pytest.approx(60)
     assert "still waiting for the AWS credentials" in lines()[0]
     renewed(loop, bucket, 5)
@@ -443,7 +453,7 @@ class Store:
     def __init__(self, loop, fails=lambda name, attempt: None, took=0.02):
         self.loop, self.fails, self.took = loop, fails, took
         self.objects, self.attempts, self.looked_first = {}, defaultdict(int), []
-        self.now = self.most = self.renewed = 0
+        self.now = self.most = self.renewed = self.renew_pause = 0
 
     async def create(self, name, value, look_first):
         self.attempts[name] += 1
@@ -458,7 +468,7 @@ class Store:
         self.objects[name] = value
         return "replayed" if replay else "written"
 
-    async def renew(self):
+    async def renew(self, error):
         self.renewed += 1
 
 

@@ -4,13 +4,13 @@ import dataclasses
 import io
 import json
 import logging
-import math
 import os
 import re
 import signal
 import string
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import config
 import kafka_consumer
 import kafka_producer
-from config import Settings, SettingsError, environment, setup_logging, status
+from config import Settings, SettingsError, environment, output, setup_logging, status
 from kafka_consumer import bucket_is_set
 from kafka_producer import csv_exists
 
@@ -503,6 +503,9 @@ class Terminal(io.TextIOWrapper):
     def isatty(self):
         return self.tty
 
+    def fileno(self):
+        return 2 if self.tty else super().fileno()
+
     def said(self):
         return self.buffer.getvalue().decode(self.encoding)
 
@@ -516,8 +519,7 @@ def logs(monkeypatch):
         for each in [root, *before.values()]
         if isinstance(each, logging.Logger)
     }
-    monkeypatch.setattr(config._Stream, "status", "")
-    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr(os, "get_terminal_size", lambda fileno: os.terminal_size((40, 20)))
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
 
@@ -530,10 +532,12 @@ def logs(monkeypatch):
         return out, err
 
     yield start
-    for each in (root, records):
+    for each in (root, output):
         for handler in each.handlers[:]:
             if isinstance(handler, config._Stream):
                 each.removeHandler(handler)
+    logging.getLogger("kafka").removeHandler(config.last_words)
+    config.last_words.text = ""
     for each, (level, propagate) in levels.items():
         each.setLevel(level)
         each.propagate = propagate
@@ -545,7 +549,7 @@ ABOUT = {"topic": "test", "partition": 0, "offset": 7, "key": "HSI"}
 
 def test_records_go_to_stdout_and_all_else_to_stderr(logs):
     out, err = logs()
-    records.info("   Content: %s", "{}")
+    output.info("   Content: %s", "{}")
     log.info("hello %d", 1)
     log.debug("too much")
     assert out.said() == "   Content: {}\n"
@@ -554,7 +558,7 @@ def test_records_go_to_stdout_and_all_else_to_stderr(logs):
 
 def test_the_level_is_for_stderr_and_never_hides_records(logs):
     out, err = logs(LOG_LEVEL="ERROR")
-    records.info("record")
+    output.info("record")
     log.warning("hidden")
     log.error("shown")
     assert out.said() == "record\n"
@@ -563,7 +567,7 @@ def test_the_level_is_for_stderr_and_never_hides_records(logs):
 
 def test_as_json_each_line_on_both_streams_is_one_object_with_the_documented_names(logs):
     out, err = logs(LOG_FORMAT="json")
-    records.info("Upload: %s", "a\nb\x1b[31m", extra=ABOUT)
+    output.info("Upload: %s", "a\nb\x1b[31m", extra=ABOUT)
     log.warning("careful")
     try:
         raise ValueError("why\nnot")
@@ -585,7 +589,7 @@ def test_as_json_each_line_on_both_streams_is_one_object_with_the_documented_nam
 def test_a_record_cannot_break_out_of_its_line_or_reach_the_terminal(logs, format, encoding):
     out, err = logs(LOG_FORMAT=format, encoding=encoding)
     nasty = "ü€\x1b]0;x\x07\r\n\x85\u2028\u202e\x7f\x9b\udcff"
-    records.info("   Content: %s", nasty)
+    output.info("   Content: %s", nasty)
     log.warning("key %s", nasty)
     for stream in (out, err):
         assert stream.said().count("\n") == 1
@@ -605,24 +609,23 @@ def test_printable_text_stays_and_all_else_is_escaped(text):
         assert config.printable(text) == text
 
 
-def test_the_kafka_client_says_one_line_in_30_seconds_without_its_traceback(logs):
-    _, err = logs()
+def test_what_the_kafka_client_says_is_kept_as_its_last_words_and_not_printed(logs):
+    out, err = logs(LOG_LEVEL="DEBUG")
+    assert str(config.last_words) == ""
     client = logging.getLogger("kafka.conn")
-    for at in (1000, 1001, 1029, 1030.5):
-        record = client.makeRecord(
-            "kafka.conn", logging.ERROR, "f", 1, "attempt at %s", (at,), _error()
-        )
-        record.created = at
-        client.handle(record)
-    log.error("ours")
-    log.error("ours")
-    lines = err.said().splitlines()
-    assert [line.split("ERROR ")[1] for line in lines] == [
-        "attempt at 1000",
-        "attempt at 1030.5",
-        "ours",
-        "ours",
-    ]
+    for at in (1000, 1001):
+        client.error("attempt\n at %s", at, exc_info=_error())
+    client.info("well")
+    log.error("ours%s", config.last_words)
+    assert err.said().splitlines()[0].endswith("ERROR ours (the client says: attempt at 1001)")
+    assert len(err.said().splitlines()) == 1
+    assert out.said() == ""
+
+
+def test_what_the_client_says_through_the_root_logger_is_not_printed(logs):
+    _, err = logs()
+    logging.error("Authentication failed", exc_info=_error())
+    assert err.said() == ""
 
 
 def _error():
@@ -648,35 +651,38 @@ def test_on_a_pipe_the_status_is_a_plain_line(logs):
     assert "\x1b" not in err.said() + out.said()
 
 
-def test_on_a_terminal_the_status_stays_below_the_lines_and_is_replaced(logs):
+def test_on_a_terminal_the_status_is_rewritten_in_place_and_any_line_takes_its_place(logs):
     out, err = logs(tty=True)
     status(log, "sent %d", 1)
-    records.info("a record")
+    output.info("a record")
     status(log, "sent %d", 2)
     log.info("a line")
-    first, second = re.findall(r"\d{4}-\S+ \S+ INFO sent \d", err.said())[:2]
-    assert err.said().startswith(f"\r\x1b[K{first}\r\x1b[K{second}\r\x1b[K")
-    assert out.said() == f"\r\x1b[Ka record\n{first}"
-    assert err.said().endswith(f"INFO a line\n{second}")
+    status(log, "sent %d", 3)
+    assert out.said() == "\r\x1b[Ka record\n"
+    stamp = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
+    clear = re.escape("\r\x1b[K")
+    assert re.fullmatch(
+        f"{clear}sent 1{clear}sent 2{clear}{stamp} INFO a line\n{clear}sent 3", err.said()
+    )
 
 
-def test_on_a_terminal_the_status_fits_on_one_line_and_the_end_leaves_it(logs):
+def test_on_a_terminal_the_status_fits_on_one_line(logs):
     _, err = logs(tty=True)
     status(log, "x" * 500)
     assert len(err.said().removeprefix("\r\x1b[K")) == 39
-    for handler in logging.root.handlers:
-        handler.close()
-    assert err.said().endswith("x\n")
 
 
-def test_colour_is_for_terminals_alone(logs, monkeypatch):
+def test_the_fields_of_a_status_are_those_of_its_json_line(logs):
+    _, err = logs(LOG_FORMAT="json")
+    status(log, "lag %d", 3, lag=3)
+    assert json.loads(err.said())["lag"] == 3
+
+
+def test_a_dumb_terminal_gets_plain_lines(logs, monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
     _, err = logs(tty=True)
-    log.warning("careful")
-    log.error("wrong")
-    log.info("plain")
-    assert re.search(r"\x1b\[33m[^\x1b]*careful\x1b\[0m", err.said())
-    assert re.search(r"\x1b\[31m[^\x1b]*wrong\x1b\[0m", err.said())
-    assert not re.search(r"\dm[^\n]*plain", err.said())
+    status(log, "sent %d", 1)
+    assert err.said().endswith("INFO sent 1\n") and "\x1b" not in err.said()
 
 
 @pytest.mark.parametrize(
@@ -704,8 +710,8 @@ config.setup_logging(config.Settings.from_env({}))
 stop = config.Stop()
 sys.stderr.write("ready\\n")
 sys.stdin.read()
-config.records.info("first")
-config.records.info("second")
+config.output.info("first")
+config.output.info("second")
 logging.getLogger("x").info("third")
 print(stop.requested, file=open(sys.argv[1], "w"))
 """
@@ -731,9 +737,72 @@ def test_a_full_disk_under_the_records_is_no_reason_to_stop(logs, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(out, "write", full)
-    records.info("lost")
+    output.info("lost")
     log.info("said")
     assert err.said().endswith(" INFO said\n") and len(err.said().splitlines()) == 1
+
+
+# --------------------------------------------------------------------------- what stands still
+
+
+@pytest.fixture
+def notices(lines):
+    """Reports problems at given seconds; returns what was said then."""
+    now = [1000.0]
+    said = config.Notices(lambda: now[0])
+
+    def report(at, **problems):
+        now[0] = 1000.0 + at
+        before = len(lines())
+        said.report(
+            {
+                what: text if isinstance(text, config.Problem) else config.Problem(text)
+                for what, text in problems.items()
+            }
+        )
+        return lines()[before:]
+
+    return report
+
+
+def test_a_problem_is_said_at_once_every_30_s_and_when_it_is_over(notices):
+    assert notices(0, S3="failing") == ["failing"]
+    assert notices(29.9, S3="failing") == []
+    assert notices(30, S3="failing, still") == ["failing, still; for 30 s now"]
+    assert notices(59, S3="failing") == []
+    assert notices(60, S3="failing") == ["failing; for 60 s now"]
+    assert notices(61) == ["S3 again after 61.0 s"]
+    assert notices(62) == []
+
+
+def test_problems_are_said_each_for_itself(notices):
+    assert notices(0, S3="failing") == ["failing"]
+    assert notices(10, S3="failing", broker="silent") == ["silent"]
+    assert notices(30, S3="failing", broker="silent") == ["failing; for 30 s now"]
+    assert notices(31, broker="silent") == ["S3 again after 31.0 s"]
+
+
+def test_what_comes_and_goes_is_said_only_when_it_lasts_for_a_second(notices):
+    assert notices(0, S3="failing") == ["failing"]
+    assert notices(1) == ["S3 again after 1.0 s"]
+    for second in range(2, 20):
+        assert notices(second, S3="failing") == []
+        assert notices(second + 0.5) == []
+    assert notices(20, S3="failing") == []
+    assert notices(21, S3="failing") == ["failing"]
+
+
+def test_what_was_not_said_is_not_said_to_be_over(notices):
+    notices(0, S3="failing")
+    notices(1)
+    notices(2, S3="failing")
+    assert notices(2.5) == []
+
+
+def test_a_problem_that_began_earlier_says_so_itself(notices):
+    problem = config.Problem("no answer for 2 s", since=998.0)
+    assert notices(0, broker=problem) == ["no answer for 2 s"]
+    assert notices(1) == ["broker again after 3.0 s"]
 
 
 # ------------------------------------------------------------------- starting, stopping, counting
@@ -767,13 +836,23 @@ def test_a_count_is_a_whole_number_of_at_least_one(text):
     assert config.positive("1") == 1
 
 
-def test_durations_are_counted_in_buckets_that_cover_everything():
-    durations = Durations()
-    for seconds in (0, 0.005, 0.0051, 10, 10.1, math.inf):
-        durations.add(seconds)
-    assert durations.counts[0] == 2 and durations.counts[1] == 1
-    assert durations.counts[-2:] == [1, 2]
-    assert sum(durations.counts) == 6
+def test_a_thread_that_died_is_a_failure_that_names_it(signals, monkeypatch):
+    class Unwatched(config.Stop):
+        def _watch(self):
+            """Ends the process, and this one runs the other tests."""
+
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    stop = Unwatched()
+    stop.check()
+
+    def beat():
+        raise KeyError("broker 3")
+
+    thread = threading.Thread(target=beat, name="heartbeat")
+    thread.start()
+    thread.join()
+    with pytest.raises(config.Failure, match="heartbeat ended unexpectedly: KeyError: 'broker 3'"):
+        stop.check()
 
 
 def test_importing_the_scripts_starts_nothing():
@@ -820,7 +899,7 @@ def test_closed_standard_streams_do_no_harm():
 CLOSED = """
 import logging, sys, config
 config.setup_logging(config.Settings.from_env({}))
-config.records.info("record")
+config.output.info("record")
 logging.error("line")
 sys.exit(7 if sys.stderr.isatty() is False else 1)
 """
