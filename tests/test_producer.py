@@ -638,14 +638,6 @@ def test_with_a_limit_the_status_says_how_many_of_how_many_and_the_time_left(clo
     assert re.match(r"sent \d+ of 1000, [78] s left \| \d+\.\d/s \| unack", status[1])
 
 
-def test_a_stop_is_acknowledged_with_what_is_under_way(clock, broker, lines):
-    sender = Sender(broker, "test", 0, clock)
-    for _ in range(12):
-        sender.submit(ROW)
-    run(sender, iter([ROW] * 9), math.inf, SimpleNamespace(requested=True))
-    assert lines()[0] == "stopping: 12 records unacknowledged; again to stop now"
-
-
 # ------------------------------------------------------------------- lines of JSON from a pipe
 
 
