@@ -144,7 +144,7 @@ class Broker:
         return answer
 
     def seen(self, asked_at):
-        heard = self.ends.keys() - self.mute
+        heard = sorted(self.ends.keys() - self.mute)  # a seed repeats every step
         return Look(
             asked_at,
             {tp: self.begins[tp] for tp in heard},
@@ -242,7 +242,7 @@ class Client:
                 raise AssertionError("a listener's error is lost in the client") from None
 
     def _assign(self, tps):
-        self.at, self.fetched, self.dropped = dict.fromkeys(tps), {}, {}
+        self.at, self.fetched, self.dropped = dict.fromkeys(sorted(tps)), {}, {}
         self.paused, self.next, self.has_joined = set(), None, False
         self._tell(self.listener.on_partitions_assigned, tps)
 
