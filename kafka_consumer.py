@@ -43,6 +43,10 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
+import config  # before the packages: it says in one line which of them is missing
+from config import CREDENTIALS, Failure, S3Error, Settings, SettingsError, code_of, explain, output
+
+# isort: split
 import aiohttp
 import botocore.handlers
 import fsspec.asyn
@@ -57,9 +61,6 @@ from kafka import errors as kafka_errors
 from kafka.errors import KafkaError
 from s3fs import S3FileSystem
 from yarl import URL
-
-import config
-from config import CREDENTIALS, Failure, S3Error, Settings, SettingsError, code_of, explain, output
 
 log = logging.getLogger(__name__)
 
