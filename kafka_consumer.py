@@ -43,6 +43,10 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
+import config  # before the packages: it says in one line which of them is missing
+from config import CREDENTIALS, Failure, S3Error, Settings, SettingsError, code_of, explain, output
+
+# isort: split
 import aiohttp
 import botocore.handlers
 import fsspec.asyn
@@ -57,9 +61,6 @@ from kafka import errors as kafka_errors
 from kafka.errors import KafkaError
 from s3fs import S3FileSystem
 from yarl import URL
-
-import config
-from config import CREDENTIALS, Failure, S3Error, Settings, SettingsError, code_of, explain, output
 
 log = logging.getLogger(__name__)
 
@@ -317,7 +318,7 @@ class Bucket:
                 raise Answer(status, response_dict["headers"], body).error()
 
         client.meta.events.register("before-sign.s3", note)
-        client.meta.events.register("before-parse.s3", prove)
+        client.meta.events.register("before-parse.s3.ListObjectsV2", prove)
         prefix = self.settings.s3_prefix
         answer = await client.list_objects_v2(Bucket=self.name, Prefix=prefix, MaxKeys=3)
         return [entry["Key"] for entry in answer.get("Contents", [])]
@@ -1093,7 +1094,7 @@ class Sink(ConsumerRebalanceListener):
                     self.consumer.seek(tp, partition.position)
             elif look is None or look.ends.get(tp, math.inf) <= partition.position:
                 partition.moved_at, partition.stands = now, ""
-            elif now - partition.moved_at > STANDS_AFTER:
+            elif not look.ends or now - partition.moved_at > STANDS_AFTER:
                 partition.rests_until = now + 4
                 self.consumer.pause(tp)
                 partition.stands = (
@@ -1254,9 +1255,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def bucket_is_set(values: Mapping[str, Any]) -> str:
-    if values.get("s3_bucket", True):
-        return ""
-    return "S3_BUCKET is not set: name the bucket, in .env or the environment"
+    bucket = values.get("s3_bucket", "unknown")
+    if not bucket:
+        return "S3_BUCKET is not set: name the bucket, in .env or the environment"
+    if bucket.endswith("--x-s3"):
+        return f"S3_BUCKET={bucket!r}: a directory bucket (S3 Express) cannot be used; take another"
+    return ""
 
 
 def consume(settings: Settings, bucket: Bucket, stop: config.Stop, limit: float) -> None:

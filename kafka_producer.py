@@ -428,6 +428,7 @@ class Sender:
     def settle(self, timeout: float) -> None:
         """Take what is acknowledged from the front of the line, and wait for the first of it,
         `timeout` seconds at most. Raises Failure for a record that the broker refused."""
+        sent_before = self.sent
         while self.line and (timeout or self.line[0][1].is_done):
             row, future = self.line[0]
             try:
@@ -442,8 +443,11 @@ class Sender:
             self.sent += 1
             if self.printing:
                 print_record(row, answer)
-        self.notices.report({})
-        self.answered_at, self.last_success = self.clock(), time.time()
+        if self.sent > sent_before:
+            self.last_success = time.time()
+        if self.sent > sent_before or not self.line:  # with nothing under way none is owed
+            self.notices.report({})
+            self.answered_at = self.clock()
 
     def say_silence(self) -> None:
         # Nothing was owed before the oldest one's time.
@@ -463,6 +467,8 @@ class Sender:
         seconds = self.clock() - self.reported
         if seconds < 1 or (self.printing and not sys.stderr.isatty()):
             return
+        if self.line:
+            self.settle(0)
         speed = (self.sent - self.sent_then) / seconds
         self.reported, self.sent_then = self.clock(), self.sent
         progress = f"sent {self.sent}"

@@ -85,7 +85,7 @@ def test_a_cell_of_a_column_of_numbers(values, cell, json):
         "-inf",
         "TRUE",
         "٣",
-        "１",
+        "\uff11",
         "12-31",
         "1e5.0",
     ],

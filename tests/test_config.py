@@ -322,6 +322,174 @@ def test_a_file_that_is_no_text_is_an_error_in_one_line(dotenv, content):
     assert len(caught.value.args) == 1
 
 
+def test_utf16_with_its_byte_order_mark_is_read(dotenv):
+    found = dotenv("S3_BUCKET=grün\r\nKAFKA_TOPIC=test\r\n".encode("utf-16"))
+    assert (found["S3_BUCKET"], found["KAFKA_TOPIC"]) == ("grün", "test")
+
+
+def test_another_encoding_is_refused_with_the_line_where_utf8_breaks(dotenv):
+    with pytest.raises(SettingsError, match=r"\.env cannot be read: line 2 is not UTF-8; save it"):
+        dotenv("A=1\n# chaîne\nS3_BUCKET=b\n".encode("cp1252"))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        r'CSV_PATH="C:\new\table.csv"',
+        r'CSV_PATH="C:\vault"',
+        r'CSV_PATH="a\b"',
+        r'export CSV_PATH="x\n" # note',
+    ],
+)
+def test_what_double_quotes_would_turn_into_control_characters_is_refused_by_name(dotenv, line):
+    with pytest.raises(SettingsError) as caught:
+        dotenv(f"A=1\n\n{line}\n")
+    (said,) = caught.value.args
+    assert "line 3: CSV_PATH: in double quotes" in said and "single quotes" in said
+    assert "new" not in said and "vault" not in said and said.isprintable()
+
+
+def test_backslashes_elsewhere_are_taken_as_they_stand(dotenv):
+    found = dotenv("A=C:\\new\\table\nB='p\\nq'\nC=\"C:\\Users\"\n")
+    assert [found[name] for name in "ABC"] == ["C:\\new\\table", "p\\nq", "C:\\Users"]
+
+
+def test_typographic_quotes_are_refused_by_name(dotenv):
+    with pytest.raises(SettingsError) as caught:
+        dotenv("S3_BUCKET=\u201cmy-bucket\u201d\nKAFKA_TOPIC=\u2018test\u2019\n")
+    first, second = caught.value.args
+    assert "line 1: S3_BUCKET: has typographic quotes" in first
+    assert "line 2: KAFKA_TOPIC" in second
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("S3_BUCKET_NAME", "S3_BUCKET"),
+        ("S3_BUKET", "S3_BUCKET"),
+        ("KAFKA_BOOTSTRAP_SERVER", "KAFKA_BOOTSTRAP_SERVERS"),
+        ("KAFKA_TOPIC_NAME", "KAFKA_TOPIC"),
+        ("KAFKA_PASSWORD", "KAFKA_SASL_PASSWORD"),
+        ("s3_bucket", "S3_BUCKET"),
+        ("Kafka_Topic", "KAFKA_TOPIC"),
+        ("log_level", "LOG_LEVEL"),
+        ("MESSAGES_PER_SECONDS", "MESSAGES_PER_SECOND"),
+    ],
+)
+def test_a_name_that_is_nearly_a_setting_is_refused_with_what_was_meant(dotenv, name, meant):
+    with pytest.raises(SettingsError) as caught:
+        dotenv(f"# mine\n{name}=secret\n")
+    (said,) = caught.value.args
+    assert said.endswith(f".env, line 2: {name} is no setting; did you mean {meant}?")
+    assert "secret" not in said and name not in os.environ
+
+
+@pytest.mark.parametrize("name", ["KAFKA_HEAP_OPTS", "KAFKA_HOME", "S3_REGION"])
+def test_a_name_that_could_be_one_of_ours_and_is_none_is_a_warning(dotenv, caplog, name):
+    assert dotenv(f"{name}=x\n")[name] == "x"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{name} names no setting, and is not read"
+    ]
+
+
+def test_names_of_others_are_no_matter(dotenv, caplog):
+    dotenv("AWS_ENDPOINT_URL=http://x\nAWS_REGION=x\nHTTPS_PROXY=x\nMY_BUCKET=x\n")
+    assert not caplog.records
+
+
+def test_a_folder_called_env_is_said(tmp_path):
+    (tmp_path / ".env").mkdir()
+    with pytest.raises(SettingsError, match=r"\.env cannot be read: it is a folder"):
+        environment({}, tmp_path / ".env")
+
+
+def test_env_txt_beside_no_env_is_said(tmp_path, caplog):
+    (tmp_path / ".env.txt").write_text("S3_BUCKET=b\n")
+    environment({}, tmp_path / ".env")
+    assert "rename it to .env" in caplog.records[0].getMessage()
+    (tmp_path / ".env").write_text("")
+    caplog.clear()
+    environment({}, tmp_path / ".env")
+    assert not caplog.records
+
+
+def test_an_empty_value_stays_empty_and_the_problem_names_the_default(dotenv):
+    found = dotenv("KAFKA_TOPIC=\nS3_PREFIX=\nS3_MAX_CONCURRENCY=\nCSV_PATH=\n")
+    said = problems(**{name: found[name] for name in found if name != "HOME"})
+    assert list(said) == ["KAFKA_TOPIC", "CSV_PATH", "S3_MAX_CONCURRENCY"]
+    assert said["KAFKA_TOPIC"].endswith("leave it out for test")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://my-bucket.s3.eu-central-1.amazonaws.com",
+        "https://my-bucket.nyc3.digitaloceanspaces.com",
+        "http://my-bucket.localhost:9000",
+        "http://localhost:9000/my-bucket",
+        "http://localhost:9000/my-bucket/",
+    ],
+)
+def test_an_endpoint_with_the_bucket_in_it_is_refused(url):
+    found = problems(S3_BUCKET="my-bucket", S3_ENDPOINT_URL=url)
+    assert "holds the bucket my-bucket" in found["S3_ENDPOINT_URL"]
+    assert made(S3_BUCKET="other", S3_ENDPOINT_URL=url).s3_endpoint_url == url
+
+
+@pytest.mark.parametrize(
+    "url", ["http://minio:9000", "http://minio.local:9000/", "https://h/minio2"]
+)
+def test_an_endpoint_whose_host_is_called_like_the_bucket_is_none_of_these(url):
+    assert made(S3_BUCKET="minio", S3_ENDPOINT_URL=url).s3_endpoint_url == url
+
+
+def test_a_prefix_is_counted_in_bytes():
+    assert "has 902" in problems(S3_PREFIX="ü" * 451)["S3_PREFIX"]
+    longest = made(S3_PREFIX="ü" * 450).s3_prefix
+    name = f"{longest}partition={2**31 - 1}/stock_market_{2**63 - 1}.json"
+    assert len(name.encode()) <= 1024
+
+
+def test_more_uploads_than_records_in_hand_are_refused():
+    assert "at most 256" in problems(S3_MAX_CONCURRENCY="257")["S3_MAX_CONCURRENCY"]
+
+
+# ---------------------------------------------------------------------------- what is installed
+
+INSTALLED = """
+import importlib.metadata, importlib.util, sys
+versions = {versions}
+real = importlib.metadata.version
+def version(name):
+    if name not in versions and name.startswith("kafka-python"):
+        raise importlib.metadata.PackageNotFoundError(name)
+    return versions.get(name) or real(name)
+importlib.metadata.version = version
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *more: None if name in {missing} else find(name, *more)
+sys.version_info = {python}
+import {script}
+"""
+
+
+@pytest.mark.parametrize("script", ["config", "kafka_producer"])
+@pytest.mark.parametrize(
+    ("versions", "missing", "python", "said"),
+    [
+        ({"kafka-python-ng": "2.2.3"}, ["pandas", "s3fs"], (3, 11), "missing (pandas, s3fs): "),
+        ({"kafka-python-ng": "2.2.3"}, [], (3, 10, 4), "Python 3.11 or newer is needed"),
+        ({"kafka-python": "2.0.2"}, [], (3, 12), "kafka-python 2.0.2 cannot be used"),
+        ({"kafka-python": "2.0.2", "kafka-python-ng": "2.2.3"}, [], (3, 12), "uninstall -y"),
+        ({"kafka-python": "3.0.1", "kafka-python-ng": "2.2.3"}, [], (3, 12), "uninstall -y"),
+    ],
+)
+def test_what_is_not_installed_is_one_line_and_exit_code_2(script, versions, missing, python, said):
+    code = INSTALLED.format(versions=versions, missing=missing, python=python, script=script)
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert said in done.stderr and done.stderr.count("\n") == 1
+
+
 # --------------------------------------------------------------------------------------- logging
 
 

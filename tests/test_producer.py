@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 import tempfile
 import time
 from collections import Counter, deque
@@ -27,6 +28,7 @@ from kafka_producer import (
     MAX_UNACKNOWLEDGED,
     PRINTED_RATE,
     Sender,
+    json_lines,
     read_rows,
     run,
     sample,
@@ -617,3 +619,153 @@ def test_a_failure_of_the_client_that_is_no_answer_is_a_failure(clock, broker):
     broker.raises.append(KafkaError("odd"))
     with pytest.raises(Failure, match="odd"):
         run(Sender(broker, "test", 0, clock), iter([ROW]), 1, GO)
+
+
+@pytest.mark.parametrize("error", [KeyError("odd"), AssertionError(), ValueError("deep")])
+def test_an_error_that_the_client_does_not_expect_is_one_line_too(clock, broker, error):
+    broker.raises.append(error)
+    with pytest.raises(Failure, match=type(error).__name__):
+        run(Sender(broker, "test", 0, clock), iter([ROW]), 1, GO)
+    broker.errors[0] = error
+    with pytest.raises(Failure, match=type(error).__name__):
+        run(Sender(broker, "test", 0, clock), iter([ROW]), 1, GO)
+
+
+def test_with_a_limit_the_status_says_how_many_of_how_many_and_the_time_left(clock, lines):
+    broker = Broker(clock, cost=0.01)
+    run(Sender(broker, "test", 0, clock), sample(ABC, 1), 1000, GO)
+    status = [line for line in lines() if line.startswith("sent ")]
+    assert re.match(r"sent \d+ of 1000, [78] s left \| \d+\.\d/s \| unack", status[1])
+
+
+# ------------------------------------------------------------------- lines of JSON from a pipe
+
+
+@pytest.fixture
+def piped(monkeypatch):
+    """What the producer makes of lines that a pipe gives."""
+
+    def read(*lines, key=""):
+        def read_lines(queue):
+            for line in (*lines, b""):
+                queue.put(line)
+
+        monkeypatch.setattr(kafka_producer, "read_lines", read_lines)
+        return [row for row in json_lines(key) if row]
+
+    return read
+
+
+def test_a_line_is_sent_as_it_stands_without_its_end(piped):
+    assert piped(
+        b' {"a": 1.50,"b":\t[1e5]} \n', b'{"c":"\xc3\xbc"}\r\n', b"\n", b" \r\n", b"{}"
+    ) == [
+        (None, b' {"a": 1.50,"b":\t[1e5]} '),
+        (None, b'{"c":"\xc3\xbc"}'),
+        (None, b"{}"),
+    ]
+
+
+def test_the_key_is_the_field_as_text(piped):
+    lines = [b'{"k":%s}\n' % text for text in (b'"\\u00fc"', b"1.50", b"true", b"null")]
+    assert [key for key, _ in piped(*lines, b'{"x":1}\n', key="k")] == [
+        *("ü".encode(), b"1.50", b"true", None, None)
+    ]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(
+            b"[1]",
+            b"1",
+            b"null",
+            b'"x"',
+            b"{",
+            b"{'a':1}",
+            b'{"a":NaN}',
+            b'{"a":-Infinity}',
+            b"{}{}",
+        ),
+        *(
+            b'{"a":"\xe9"}',
+            '{"a":1}'.encode("utf-16"),
+            b"\xef\xbb\xbf{}",
+            b'{"k":[1]}',
+            b"[" * 99_999,
+        ),
+        b'{"k":"\\ud800"}',
+    ],
+)
+def test_a_line_that_is_no_object_is_named_with_its_number(piped, line):
+    with pytest.raises(Failure, match=r"--stdin: line 3 is no JSON object: .") as caught:
+        piped(b"{}\n", b"\n", line + b"\n", b"{}\n", key="k")
+    assert len(str(caught.value)) < 400
+
+
+def test_a_bad_line_ends_the_run_after_all_before_it_are_acknowledged(piped, clock, monkeypatch):
+    broker = Broker(clock, latency=30)
+    good = [b'{"n":%d}' % number for number in range(5)]
+
+    def read_lines(queue):
+        for line in (*good, b"bad\n", b"{}\n", b""):
+            queue.put(line)
+
+    monkeypatch.setattr(kafka_producer, "read_lines", read_lines)
+    sender = Sender(broker, "test", 0, clock)
+    with pytest.raises(Failure, match="line 6"):
+        run(sender, json_lines(""), math.inf, GO)
+    assert [value for _, value in broker.stored] == good
+    assert (sender.sent, len(sender.line)) == (5, 0)
+
+
+def test_a_pipe_that_pauses_is_neither_caught_up_with_nor_silence(clock, broker, lines):
+    sender = Sender(broker, "test", 10, clock)
+    times = []
+
+    def pipe():
+        for _ in range(3):
+            yield ROW
+        for _ in range(100):
+            clock.now += 1
+            yield None
+        for _ in range(20):
+            times.append(clock())
+            yield ROW
+
+    for row in pipe():
+        while not step(sender, row, clock.sleep):
+            pass
+    sender.settle(1)
+    assert times[-1] - times[0] == pytest.approx(1.9, abs=0.15)
+    assert sender.sent == 23 and lines() == []
+
+
+def test_a_stop_while_the_pipe_gives_nothing_ends_the_run(clock, broker):
+    stop = SimpleNamespace(requested=False)
+
+    def pipe():
+        yield ROW
+        yield None
+        stop.requested = True
+        while True:
+            yield None
+
+    sender = Sender(broker, "test", 0, clock)
+    run(sender, pipe(), math.inf, stop)
+    assert (sender.sent, len(sender.line)) == (1, 0)
+
+
+def test_at_most_16_lines_are_read_ahead(monkeypatch):
+    read = []
+
+    def read_lines(queue):
+        for _ in range(1000):
+            queue.put(b"{}\n")
+            read.append(1)
+
+    monkeypatch.setattr(kafka_producer, "read_lines", read_lines)
+    rows = json_lines("")
+    next(rows)
+    time.sleep(0.2)  # it must not read on; that it had the time proves nothing else
+    assert len(read) <= 18

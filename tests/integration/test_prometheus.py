@@ -238,7 +238,7 @@ def matches(pattern: str, line: dict) -> bool:
 
 
 # What is looked for in the consumer's source, for want of a group or a broker that does not answer.
-NOT_PROVOKED = {"PartitionStandsStill": "stands still:", "PartitionNotServed": "waiting for group "}
+NOT_PROVOKED = {"PartitionStandsStill": " stands still", "PartitionNotServed": "waiting for group "}
 
 
 def test_each_filter_of_cloudwatch_finds_a_line_that_the_scripts_write(log_lines) -> None:
