@@ -450,10 +450,6 @@ def test_a_prefix_is_counted_in_bytes():
     assert len(name.encode()) <= 1024
 
 
-def test_more_uploads_than_records_in_hand_are_refused():
-    assert "at most 256" in problems(S3_MAX_CONCURRENCY="257")["S3_MAX_CONCURRENCY"]
-
-
 # ---------------------------------------------------------------------------- what is installed
 
 INSTALLED = """

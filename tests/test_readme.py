@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 INTEGRATION = ROOT / "tests" / "integration"
 SAYING = ("config.py", "kafka_consumer.py", "kafka_producer.py")
-SAYING += ("infra/local_stack.py", "infra/kafka.sh", "infra/venv.sh")
+SAYING += ("infra/audit.py", "infra/local_stack.py", "infra/kafka.sh", "infra/venv.sh")
 SOURCE = "".join((ROOT / name).read_text() for name in SAYING)
 
 
