@@ -437,7 +437,7 @@ def simulate_a_limit(seed):
         return
     limit = world.chance.randint(1, there)
     sink = world.start(limit)
-    until = world.clock() + 60
+    until = world.clock() + 600
     world.share = world.chance.choice([0, 0.1, 0.5])
     while sink.stats.done < limit and world.clock() < until:
         world.step()
