@@ -464,6 +464,15 @@ class _Json(logging.Formatter):
         return json.dumps(line)
 
 
+def _is_journal(stream: Any) -> bool:
+    """Whether systemd's journal reads the stream; sd-daemon(3) has its rules."""
+    try:
+        status = os.fstat(stream.fileno())
+    except (OSError, ValueError):
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
 class _Stream(logging.StreamHandler):
     """A stream that outlives its reader. On a terminal the status is rewritten in place."""
 
@@ -473,6 +482,7 @@ class _Stream(logging.StreamHandler):
         self.setFormatter(formatter)
         dumb = os.environ.get("TERM") == "dumb"
         self.in_place = isinstance(formatter, _Text) and stream.isatty() and not dumb
+        self.is_journal = _is_journal(stream)
 
     def emit(self, record: logging.LogRecord) -> None:
         is_status = self.in_place and getattr(record, "status", False)
@@ -481,6 +491,9 @@ class _Stream(logging.StreamHandler):
 
     def format(self, record: logging.LogRecord) -> str:
         line = super().format(record)
+        if self.is_journal:  # which takes the priority from here
+            severe = 3 if record.levelno >= logging.ERROR else 4
+            return f"<{severe if record.levelno >= logging.WARNING else 6}>{line}"
         if not self.in_place:
             return line
         if getattr(record, "status", False):
@@ -827,7 +840,7 @@ def _wait_for_topic(
     silent = (
         f"{where}: the broker accepted the connection and did not answer; is it Kafka, is"
         f" KAFKA_SECURITY_PROTOCOL={settings.kafka_security_protocol} right, and are the user and"
-        " password?"
+        " password right?"
     )
     began = time.monotonic()
     while True:

@@ -1017,9 +1017,9 @@ class Sink(ConsumerRebalanceListener):
         self.verify()
         begun = {tp: at.offset for tp, at in look.committed.items()}
         if pins := self.first_positions(look):
-            if not self.send_commit({tp: OffsetAndMetadata(at, "") for tp, at in pins.items()}):
-                return
-            begun |= pins
+            self.send_commit({tp: OffsetAndMetadata(at, "") for tp, at in pins.items()})
+            self.look_wanted_at = self.clock()  # another member may begin at this moment
+            return
         for tp in sorted(new & begun.keys()):
             self.consumer.seek(tp, begun[tp])
             self.consumer.resume(tp)
@@ -1097,6 +1097,7 @@ class Sink(ConsumerRebalanceListener):
             elif not look.ends or now - partition.moved_at > STANDS_AFTER:
                 partition.rests_until = now + 4
                 self.consumer.pause(tp)
+                self.consumer.seek(tp, partition.position)  # as in `rewind`
                 partition.stands = (
                     f"the broker gives no record, though there are some up to"
                     f" {look.ends.get(tp, '?')}: it refuses the fetch, or has no leader for it"

@@ -203,6 +203,8 @@ class Client:
 
     def _raise(self, method):
         if self.errors.get(method):
+            if method == "poll":
+                self.drop_fetched()
             raise self.errors[method].pop(0)
 
     def subscribe(self, listener, partitions=None):

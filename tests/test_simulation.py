@@ -208,7 +208,6 @@ class World:
         error = chance.choice([KafkaTimeoutError, NodeNotReadyError])
         for sink in self.members:
             sink.consumer.errors["poll"] = [error("why")] * chance.randint(1, 3)
-            sink.consumer.drop_fetched()
 
     def commit_errors(self, chance):
         error = chance.choice([KafkaTimeoutError, CommitFailedError])
@@ -419,7 +418,6 @@ def simulate_a_topic_made_anew(seed):
             world.broker.rebalance()
         else:
             sink.consumer.errors["poll"] = [KafkaTimeoutError("why")] * world.chance.randint(1, 3)
-            sink.consumer.drop_fetched()
     world.nothing_is_skipped = lambda: None
     steps(world, 2)
     world.heal()
