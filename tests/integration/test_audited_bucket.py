@@ -233,7 +233,7 @@ def test_an_object_whose_record_was_compacted_away_is_no_stray(
     assert "offsets 19 to 19" in said and "1 missing" in said
 
 
-@pytest.mark.skipif(not KafkaClient, reason="kafka-python 3 can read it")
+@pytest.mark.xfail(not KafkaClient, reason="kafka-python 3 can read it", run=False)
 def test_a_topic_that_the_broker_refuses_to_hand_out_is_never_clean(
     run, env, kafka, topic, client, bucket
 ):
