@@ -866,8 +866,6 @@ class Sink(ConsumerRebalanceListener):
     def begin(self) -> None:
         """Begin attempts: of those that hold a partition, when they are due, and of what waits in
         the others. While everything fails there is one at a time."""
-        if not self.verify():  # else records of a topic made anew would go under the old names
-            return
         now = self.clock()
         holds = [p.hold for p in self.partitions.values() if p.hold]
         due = [t for t in holds if t.attempt is None and now >= t.retry_at]
