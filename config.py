@@ -61,7 +61,7 @@ from urllib.parse import urlsplit
 
 from dotenv.parser import Binding, parse_stream
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition, codec
-from kafka.errors import KafkaError, UnsupportedCodecError
+from kafka.errors import KafkaError, KafkaTimeoutError, UnsupportedCodecError
 from kafka.record import memory_records
 from kafka.record.default_records import DefaultRecord, DefaultRecordBatch
 
@@ -690,6 +690,28 @@ def track_topic(consumer: KafkaConsumer, topic: str) -> None:
         consumer._client.set_topics([topic, "__consumer_offsets"])
     else:
         consumer._client.cluster.set_topics([topic])
+
+
+def commit_once(consumer: KafkaConsumer, positions: dict[TopicPartition, Any]) -> None:
+    """Commit, and wait for the acknowledgement for 3 s at most.
+
+    kafka-python-ng's own `commit` repeats what is refused for as long as it is: for ever when the
+    topic is gone, or until it is made anew, where the position means other records.
+    Raises KafkaError; what was not acknowledged may have been committed all the same.
+    """
+    if not KafkaClient:
+        consumer.commit(positions, timeout_ms=3000)
+        return
+    if consumer._coordinator.coordinator_unknown():
+        raise KafkaTimeoutError  # the next poll looks for it
+    answer = consumer.commit_async(positions)
+    deadline = time.monotonic() + 3
+    while not answer.is_done and time.monotonic() < deadline:
+        consumer._client.poll(timeout_ms=20)
+    if not answer.is_done:
+        raise KafkaTimeoutError
+    if answer.failed():
+        raise answer.exception
 
 
 class _AnyHeader(bytearray):

@@ -644,7 +644,7 @@ class Monitor:
         return found
 
     def lag(self, now: float) -> dict[int, int | None]:
-        """Records not yet committed, by partition; None where it is not known."""
+        """Records not yet done, by partition; None where it is not known."""
         known = self.latest.ends if self.latest and now - self.unanswered_since < 2 else {}
         lag: dict[int, int | None] = {}
         for tp in self.sink.assigned:
@@ -652,7 +652,8 @@ class Monitor:
             if partition is None or tp not in known:
                 lag[tp.partition] = None
             else:
-                lag[tp.partition] = max(0, known[tp] - partition.committed)
+                done = max(partition.finished, partition.committed)
+                lag[tp.partition] = max(0, known[tp] - done)
         return lag
 
     def show(self, now: float) -> None:
@@ -704,6 +705,7 @@ class Partition:
 
     position: int  # where taking goes on
     committed: int
+    finished: int = 0  # `done` at the end of the last step, for the monitor's thread
     lost: str = ""  # what retention removed before it was written, for the audit: "3-9,20-20"
     line: deque[Taken] = field(default_factory=deque)
     hold: Taken | None = None  # it failed, and is tried alone until it is done
@@ -730,6 +732,7 @@ class Sink(ConsumerRebalanceListener):
     limit: float = math.inf
     clock: Callable[[], float] = time.monotonic
     wait: Callable[..., Any] = concurrent.futures.wait
+    send: Callable[..., None] = config.commit_once
     monitor: Any = None
     partitions: dict[TopicPartition, Partition] = field(default_factory=dict)
     last_committed: dict[TopicPartition, int] = field(default_factory=dict)  # by this process
@@ -842,6 +845,7 @@ class Sink(ConsumerRebalanceListener):
                 if taken is partition.line[0]:
                     partition.line.popleft()
                     self.finish(taken.record, taken.attempt.result())
+            partition.finished = partition.done()
         self.notices.report(self.holds())
 
     def finish(self, record: Any, outcome: str) -> None:
@@ -897,7 +901,7 @@ class Sink(ConsumerRebalanceListener):
         """Whether it was acknowledged. Should the group have moved on, the next poll says so."""
         self.called_at = self.clock()
         try:
-            self.consumer.commit(positions)
+            self.send(self.consumer, positions)
         except KafkaError as error:
             raise_unless_transient(error)
             self.suspect()
