@@ -619,7 +619,8 @@ class Monitor:
     def problems(self, now: float) -> dict[str, config.Problem]:
         """What stands still now; the key says what would be so if it did not."""
         sink, topic, look = self.sink, self.sink.settings.kafka_topic, self.latest
-        silent_since = self.unanswered_since
+        # The first answer takes some more: the client has to connect.
+        silent_since = self.unanswered_since + (3 if look is None else 0)
         if sink.assigned:  # else it may wait for the group
             silent_since = min(silent_since, sink.called_at + 6)  # a call may take a while
         if now - silent_since >= 2:
