@@ -383,7 +383,9 @@ class S3:
         else:
             command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
         keys = {"ROOT_ACCESS_KEY": self.access_key, "ROOT_SECRET_KEY": self.secret_key}
-        self.process = spawn(command, self.log, {**os.environ, **keys})
+        # moto fails over a profile of the user's that it cannot find.
+        env = {name: text for name, text in os.environ.items() if not name.startswith("AWS_")}
+        self.process = spawn(command, self.log, {**env, **keys})
         _wait_listening(self.process, self.port, self.log)
         return self
 
