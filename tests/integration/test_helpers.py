@@ -35,7 +35,7 @@ def test_a_topic_of_three_copies_is_served_when_its_leader_is_frozen(cluster: Ka
 def test_a_partition_of_one_copy_stands_on_one_broker(cluster: KafkaCluster) -> None:
     cluster.create_topic("spread", partitions=3, replicas=1)
     leaders = [cluster.leader("spread", partition) for partition in range(3)]
-    assert sorted(map(id, leaders)) == sorted(map(id, cluster.brokers))
+    assert all(leader in cluster.brokers for leader in leaders)
     leaders[0].kill()
     leaders[0].start_broker()
     produce(cluster.bootstrap, "spread", [b"1"], partition=0)
