@@ -351,16 +351,21 @@ class Bucket:
             raise Failure(self.is_unsafe("does not know If-None-Match (501 NotImplemented)"))
         if answer.status != 200 or not answer.etag() or b"<Error>" in answer.body:
             raise answer.error()
-        if not (answer.has_md5(value) or answer.uses_keys() or await self.holds(name, value)):
+        proven = answer.has_md5(value) or answer.uses_keys()
+        if not proven and not await self.holds(name, value):
             raise S3Error("NoSuchKey", "the object was said to be made, and was not")
         if not self.honours_condition:  # the first of this run, and it is made alone
-            again = await self.put(name, value)
-            if again.status == 200 and again.etag():
-                raise Failure(self.is_unsafe("ignores If-None-Match"))
-            if not again.refused_condition():
-                raise again.error()
-            self.honours_condition = True
+            await self.check_condition(name, value)
         return "written"
+
+    async def check_condition(self, name: str, value: bytes) -> None:
+        """The same PUT once more has to be refused. Raises Failure when it is not."""
+        again = await self.put(name, value)
+        if again.status == 200 and again.etag():
+            raise Failure(self.is_unsafe("ignores If-None-Match"))
+        if not again.refused_condition():
+            raise again.error()
+        self.honours_condition = True
 
     def is_unsafe(self, why: str) -> str:
         return (
