@@ -157,7 +157,7 @@ def test_a_directory_bucket_works_or_is_one_line(consume):
         if script.wait(15) == 0:
             assert len(s3.store) == len(VALUES)
         else:
-            (line,) = errors(script)
+            (line,) = script.lines("stderr")
             assert "express--use1-az4--x-s3" in line and "directory" in line
     assert "Traceback" not in script.stderr
 
