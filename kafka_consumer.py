@@ -858,15 +858,15 @@ class Sink(ConsumerRebalanceListener):
         """Count a record that is done, and print its line."""
         extra = about(record)
         self.stats.last_success = time.time()
-        self.at_once += 1 if self.link_is_slow else WINDOW
-        if self.at_once >= self.settings.s3_max_concurrency:
-            self.at_once, self.link_is_slow = WINDOW, False
         if outcome == "dead":
             self.stats.dead_letters += 1
             text = "dead letter: %s/%d/%d (key %s) to %s: %s"
             dlq, reason = self.settings.kafka_dlq_topic, flaw(record.value)
             log.warning(text, *extra.values(), dlq, reason, extra=extra)
             return
+        self.at_once += 1 if self.link_is_slow else WINDOW
+        if self.at_once >= self.settings.s3_max_concurrency:
+            self.at_once, self.link_is_slow = WINDOW, False
         self.stats.written += 1
         self.stats.replays += outcome == "replayed"
         self.stats.bytes += len(record.value)
@@ -972,8 +972,8 @@ class Sink(ConsumerRebalanceListener):
     def suspect(self) -> None:
         """The topic, or the group's positions, may not be what they were: look before the next
         commit."""
-        self.verified = False
         self.look_wanted_at = self.clock()
+        self.verified = False  # last: `verify` may run at this moment, in the main thread
 
     def positions(self) -> Look | None:
         """What the group has committed, when that was asked since it was wanted."""
@@ -989,7 +989,7 @@ class Sink(ConsumerRebalanceListener):
         """
         if self.verified:
             return True
-        look = self.positions()
+        wanted, look = self.look_wanted_at, self.positions()
         if look is None:
             return False
         for tp in self.assigned:
@@ -1001,8 +1001,8 @@ class Sink(ConsumerRebalanceListener):
                     " was the topic deleted and made anew? Nothing of it was committed: set"
                     " another S3_PREFIX and start again"
                 )
-        self.verified = True
-        return True
+        self.verified = self.look_wanted_at == wanted
+        return self.verified
 
     def wait_for_look(self, seconds: float) -> None:
         """Wait until a commit can be verified, if there may be one; `seconds` at most."""
@@ -1204,11 +1204,13 @@ def run(sink: Sink, stop: config.Stop) -> None:
         sink.drain(2)  # what stands in front of it
         raise
     finally:
-        sink.wait_for_look(1)
-        sink.commit(now=True)
-        with suppress(TimeoutError):
-            config.background(sink.consumer.close, False).result(3)
-        log.info("written %d, dead-lettered %d", stats.written, stats.dead_letters)
+        try:
+            sink.wait_for_look(1)
+            sink.commit(now=True)
+        finally:
+            with suppress(TimeoutError, KafkaError):
+                config.background(sink.consumer.close, False).result(3)
+            log.info("written %d, dead-lettered %d", stats.written, stats.dead_letters)
 
 
 # ----------------------------------------------------------------------------------------- start
