@@ -9,7 +9,6 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from hashlib import md5, sha256
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import pytest
 from hypothesis import HealthCheck, given
@@ -22,15 +21,7 @@ from kafka.record.default_records import DefaultRecordBatchBuilder
 from config import Failure, KafkaClient, Settings, TransactionMarker, is_marker, output
 from infra.audit import NAME, Audit, Ledger, Seal, Verify, digest, lost_ranges
 from kafka_consumer import object_name
-
-
-class Record(NamedTuple):
-    topic: str
-    partition: int
-    offset: int
-    key: bytes | None
-    value: bytes | None
-    headers: tuple = ()
+from tests.fakes import Record
 
 
 def some_settings(**environ):
