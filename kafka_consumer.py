@@ -86,6 +86,7 @@ TRANSIENT = (  # beside those that the client calls retriable: the group has mov
     kafka_errors.RebalanceInProgressError,
     kafka_errors.UnknownMemberIdError,
     kafka_errors.KafkaTimeoutError,
+    kafka_errors.ReplicaNotAvailableError,  # a new leader is on its way
     config.NoOffsetForPartitionError,  # until it is settled
 )
 
@@ -339,7 +340,7 @@ class Bucket:
         Raises Conflict for other bytes, Failure for a server that ignores the condition, and
         S3Error, or what the connection raises, for what may pass.
         """
-        if look_first and await self.holds(name, value):
+        if look_first and self.honours_condition and await self.holds(name, value):
             return "replayed"
         answer = await self.put(name, value)
         if answer.refused_condition():
@@ -420,7 +421,7 @@ class Taken:
 
     record: Any
     attempt: Future[str] | None = None
-    error: BaseException | None = None
+    error: Any = None
     what: str = "S3"  # that fails
     failed_since: float = 0.0
     retry_at: float = 0.0
@@ -440,17 +441,20 @@ class Uploader:
         self.tasks: set[asyncio.Task[None]] = set()
         self.letters: dict[tuple[int, int], Any] = {}  # under way, by partition and offset
         self.sending = asyncio.Lock()
+        self.no_letters_until = 0.0
         self.producer: Any = None
 
     def start(self, batch: Sequence[Taken]) -> None:
         """Begin an attempt for each, from another thread."""
         for taken in batch:
             taken.attempt = Future()
-        self.loop.call_soon_threadsafe(self._launch, batch)
+        # The futures go along: the main thread may take one back before the loop comes to it.
+        attempts = [(taken, taken.attempt) for taken in batch]
+        self.loop.call_soon_threadsafe(self._launch, attempts)
 
-    def _launch(self, batch: Sequence[Taken]) -> None:
-        for taken in batch:
-            self._in_background(self._run(taken, taken.attempt))
+    def _launch(self, attempts: Sequence[tuple[Taken, Any]]) -> None:
+        for taken, attempt in attempts:
+            self._in_background(self._run(taken, attempt))
 
     def _in_background(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = self.loop.create_task(coroutine)
@@ -495,8 +499,8 @@ class Uploader:
         where = (record.partition, record.offset)
         sent = self.letters.pop(where, None)
         if sent is None:
-            async with self.sending:  # in a thread: without the topic's metadata it takes 0.5 s
-                sent = await asyncio.to_thread(self._send, record, reason)
+            async with self.sending:
+                sent = await self._send(record, reason)
         answered = asyncio.Event()
         sent.add_both(lambda _: self.loop.call_soon_threadsafe(answered.set))
         try:
@@ -508,7 +512,18 @@ class Uploader:
         if sent.failed():
             raise sent.exception
 
-    def _send(self, record: Any, reason: str) -> Any:
+    async def _send(self, record: Any, reason: str) -> Any:
+        """In a thread: without the topic's metadata it takes 0.5 s, which those that wait for
+        their turn need not find out again."""
+        if self.loop.time() < self.no_letters_until:
+            raise kafka_errors.KafkaTimeoutError("Failed to update metadata")
+        try:
+            return await asyncio.to_thread(self._hand_over, record, reason)
+        except kafka_errors.KafkaTimeoutError:
+            self.no_letters_until = self.loop.time() + 0.3
+            raise
+
+    def _hand_over(self, record: Any, reason: str) -> Any:
         if self.producer is None:
             self.producer = config.make_producer(self.settings)
         return self.producer.send(
@@ -560,13 +575,20 @@ def look(client: Any, topic: str, asked_at: float, heard: Callable[[], None]) ->
             begins |= client.beginning_offsets(led)
             heard()
         except (KafkaError, KeyError) as error:  # KeyError: the topic was deleted just now
-            text = f"its leader, broker {node}, does not answer ({type(error).__name__})"
-            problems |= dict.fromkeys(led, text)
+            problems |= dict.fromkeys(led, _silent(client._client.cluster, node, error))
     if problems and not ends:
         raise kafka_errors.KafkaTimeoutError
     committed = client._coordinator.fetch_committed_offsets(tps)
     heard()
     return Look(asked_at, begins, ends, problems, committed)
+
+
+def _silent(cluster: Any, node: int | None, error: Exception) -> str:
+    broker = cluster.broker_metadata(node)
+    if broker is None:
+        return "it has no leader now"
+    where = f"broker {node} ({broker.host}:{broker.port})"
+    return f"its leader, {where}, does not answer ({type(error).__name__})"
 
 
 def looking(settings: Settings) -> Callable[..., Future[Look]]:
@@ -715,6 +737,7 @@ class Partition:
     lost: str = ""  # what retention removed before it was written, for the audit: "3-9,20-20"
     line: deque[Taken] = field(default_factory=deque)
     hold: Taken | None = None  # it failed, and is tried alone until it is done
+    given_back: dict[int, Future[str] | None] = field(default_factory=dict)  # attempts, by offset
     moved_at: float = 0.0
     rests_until: float | None = None  # not fetched until then
     stands: str = ""  # why the broker gives no record, though there are some
@@ -756,6 +779,8 @@ class Sink(ConsumerRebalanceListener):
 
     def __post_init__(self) -> None:
         self.notices = config.Notices(self.clock)
+        # What fails, until something is done again: a rebalance ends a hold and proves nothing.
+        self.failing: dict[str, config.Problem] = {}
 
     # -- Take, book, commit
 
@@ -769,6 +794,8 @@ class Sink(ConsumerRebalanceListener):
             self.find_range()
         left = self.limit - self.stats.done - self.under_way()
         enough = 1 if self.unsettled() else min(POLL_ROOM, max(left, 1))
+        if self.room() < enough:
+            self.make_room()
         if self.room() >= enough:
             self.take(self.poll(100 if self.is_idle() else 10, max(1, int(self.room()))))
             self.rest_where_nothing_comes()
@@ -788,11 +815,31 @@ class Sink(ConsumerRebalanceListener):
 
     def room(self) -> float:
         """How many records may be taken."""
-        in_hand = chain.from_iterable(partition.line for partition in self.partitions.values())
-        if self.range_unknown or sum(len(t.record.value or b"") for t in in_hand) >= BYTES_IN_HAND:
+        alone = len(self.partitions) == 1
+        in_hand = sum(
+            len(taken.record.value or b"")
+            for partition in self.partitions.values()
+            for taken in partition.line
+            if alone or taken is not partition.hold  # which keeps no other waiting, however large
+        )
+        if self.range_unknown or in_hand >= BYTES_IN_HAND:
             return 0
         uncommitted = sum(p.position - p.committed for p in self.partitions.values())
         return min(WINDOW - uncommitted, self.limit - self.stats.done - self.under_way())
+
+    def make_room(self) -> None:
+        """Where a partition holds and keeps others waiting, give back what stands behind its hold:
+        it is fetched again when the hold is over, and what was done is not done twice."""
+        holding = {tp: p for tp, p in self.partitions.items() if p.hold}
+        if len(holding) == len(self.partitions):
+            return
+        for tp, partition in holding.items():
+            line = partition.line
+            while line[-1] is not partition.hold and not line[-1].is_under_way():
+                taken = line.pop()
+                partition.given_back[taken.record.offset] = taken.attempt
+            partition.position = line[-1].record.offset + 1
+            self.rest(tp, math.inf)
 
     def poll(self, timeout_ms: int, limit: int) -> dict[TopicPartition, list[Any]]:
         """Records in order; {} while something has to be settled first. Raises Unreadable."""
@@ -807,7 +854,8 @@ class Sink(ConsumerRebalanceListener):
                 raise_unless_transient(error)
             self.suspect()
             self.rewind()
-        self.called_at = math.inf
+        finally:
+            self.called_at = math.inf
         if self.clock() - self.polled_at > 0.5:
             self.suspect()
         if new := self.unsettled():
@@ -820,11 +868,14 @@ class Sink(ConsumerRebalanceListener):
         """Put records in line. What came of a partition before it is settled comes again."""
         for tp in batches.keys() & self.partitions.keys():
             partition = self.partitions[tp]
-            partition.line.extend(Taken(r) for r in batches[tp] if not config.is_marker(r))
+            for record in batches[tp]:
+                if not config.is_marker(record):
+                    attempt = partition.given_back.pop(record.offset, None)
+                    partition.line.append(Taken(record, attempt))
             partition.position = batches[tp][-1].offset + 1
             partition.moved_at, partition.stands = self.clock(), ""
         for tp, partition in self.partitions.items():  # past markers, and what was compacted
-            partition.position = max(partition.position, self.consumer.position(tp))
+            partition.position = max(partition.position, config.position(self.consumer, tp))
 
     def wait_for_first(self, seconds: float) -> None:
         """Wait until the first in a line is done; `seconds` at most."""
@@ -839,34 +890,39 @@ class Sink(ConsumerRebalanceListener):
 
         Raises Failure (a Conflict, say) and leaves that record in line: it is not committed.
         """
-        for tp, partition in self.partitions.items():
+        for partition in self.partitions.values():
             for taken in list(partition.line):
                 if taken.attempt is None or not taken.attempt.done():
                     continue
                 if error := taken.attempt.exception():
-                    self.fail(tp, partition, taken, error)
+                    self.fail(partition, taken, error)
                     continue
                 if partition.hold is taken:
-                    self.release(tp, partition)
+                    self.release(partition)
                 if taken is partition.line[0]:
                     partition.line.popleft()
                     self.finish(taken.record, taken.attempt.result())
             partition.finished = partition.done()
-        self.notices.report(self.holds())
+        holds = [partition.hold for partition in self.partitions.values() if partition.hold]
+        self.stats.holding = {hold.record.partition: code_of(hold.error) for hold in holds}
+        self.failing |= self.describe(holds)
+        self.notices.report(self.failing)
 
     def finish(self, record: Any, outcome: str) -> None:
         """Count a record that is done, and print its line."""
         extra = about(record)
+        self.failing.clear()  # what does fail still is said again below
         self.stats.last_success = time.time()
+        if outcome != "dead" or self.stats.written:  # a dead letter proves nothing of S3
+            self.at_once += 1 if self.link_is_slow else WINDOW
+        if self.at_once >= self.settings.s3_max_concurrency:
+            self.at_once, self.link_is_slow = WINDOW, False
         if outcome == "dead":
             self.stats.dead_letters += 1
             text = "dead letter: %s/%d/%d (key %s) to %s: %s"
             dlq, reason = self.settings.kafka_dlq_topic, flaw(record.value)
             log.warning(text, *extra.values(), dlq, reason, extra=extra)
             return
-        self.at_once += 1 if self.link_is_slow else WINDOW
-        if self.at_once >= self.settings.s3_max_concurrency:
-            self.at_once, self.link_is_slow = WINDOW, False
         self.stats.written += 1
         self.stats.replays += outcome == "replayed"
         self.stats.bytes += len(record.value)
@@ -919,42 +975,40 @@ class Sink(ConsumerRebalanceListener):
 
     # -- Holding: while S3, or the dead letter topic, fails
 
-    def fail(
-        self, tp: TopicPartition, partition: Partition, taken: Taken, error: BaseException
-    ) -> None:
-        """An attempt failed. The first to fail in a partition is its hold: it is tried alone, with
-        growing pauses. Raises an error that is a Failure."""
+    def fail(self, partition: Partition, taken: Taken, error: BaseException) -> None:
+        """An attempt failed. The first in line that failed is its partition's hold: it is tried
+        alone, with growing pauses. Raises an error that is a Failure."""
         if isinstance(error, Failure):
             raise error
         now = self.clock()
         taken.attempt, taken.error = None, error
         self.stats.retries += 1
-        if partition.hold is None:
+        hold = partition.hold
+        if hold is None or taken.record.offset < hold.record.offset:
             partition.hold, taken.failed_since, taken.pause = taken, now, 0.05
             if flaw(taken.record.value):
                 taken.what = f"topic {self.settings.kafka_dlq_topic}"
-            self.stats.holds += 1
+            self.stats.holds += hold is None
             self.at_once, self.link_is_slow = 1, isinstance(error, TimeoutError)
             for waiting in chain.from_iterable(p.line for p in self.partitions.values()):
                 if waiting.attempt and waiting.attempt.cancel():  # it had no slot yet
                     waiting.attempt = None
         if partition.hold is taken:
-            self.stats.holding[tp.partition] = code_of(error)
             taken.retry_at = now + taken.pause * random.uniform(0.5, 1)
             taken.pause = min(2 * taken.pause, MAX_PAUSE)
 
-    def release(self, tp: TopicPartition, partition: Partition) -> None:
+    def release(self, partition: Partition) -> None:
         """A hold is over; the others are tried at once."""
         partition.hold = None
-        self.stats.holding.pop(tp.partition, None)
+        if partition.rests_until == math.inf:
+            partition.rests_until = self.clock()
         for other in self.partitions.values():
             if other.hold:
                 other.hold.retry_at = self.clock()
 
-    def holds(self) -> dict[str, config.Problem]:
+    def describe(self, holds: Iterable[Taken]) -> dict[str, config.Problem]:
         """What fails, and where it holds; the key says what would be so if it did not."""
         found: dict[str, config.Problem] = {}
-        holds = [partition.hold for partition in self.partitions.values() if partition.hold]
         for taken in sorted(holds, key=lambda taken: taken.failed_since):
             record, error, what = taken.record, taken.error, taken.what
             assert error
@@ -974,6 +1028,12 @@ class Sink(ConsumerRebalanceListener):
         commit."""
         self.look_wanted_at = self.clock()
         self.verified = False  # last: `verify` may run at this moment, in the main thread
+
+    def on_metadata(self, cluster: object) -> None:
+        """The client has heard of the topic. One suspicion at a time: while a leader is missing it
+        asks again and again."""
+        if self.verified:
+            self.suspect()
 
     def positions(self) -> Look | None:
         """What the group has committed, when that was asked since it was wanted."""
@@ -1024,10 +1084,12 @@ class Sink(ConsumerRebalanceListener):
             return  # and again after the next poll
         self.verify()
         begun = {tp: at.offset for tp, at in look.committed.items()}
-        if pins := self.first_positions(look):
-            self.send_commit({tp: OffsetAndMetadata(at, "") for tp, at in pins.items()})
-            self.look_wanted_at = self.clock()  # another member may begin at this moment
-            return
+        if missing := look.begins.keys() - begun.keys():
+            pinned = self.pin_first_positions(look, missing)
+            if not pinned:
+                self.look_wanted_at = self.clock()
+                return
+            begun |= pinned
         for tp in sorted(new & begun.keys()):
             self.consumer.seek(tp, begun[tp])
             self.consumer.resume(tp)
@@ -1045,16 +1107,26 @@ class Sink(ConsumerRebalanceListener):
         if new - begun.keys():  # their leader does not answer, or is not known yet
             self.look_wanted_at = self.clock()
 
-    def first_positions(self, look: Look) -> dict[TopicPartition, int]:
-        """Where the group begins the partitions that it has no position on, those of other
-        members too: who comes later would else take them for partitions added since. Those are
-        begun at their beginning, whatever the rule: `latest` would skip their records."""
+    def pin_first_positions(
+        self, look: Look, missing: Iterable[TopicPartition]
+    ) -> dict[TopicPartition, int]:
+        """Commit where the group begins the partitions that it has no position on; {} while another
+        member has to, or the broker does not take it.
+
+        The owner of the first does it for all, at one moment: who comes later would else take the
+        partitions of others for some that were added since. Those are begun at their beginning,
+        whatever the rule: `latest` would skip their records.
+        """
+        if min(missing) not in self.assigned:
+            return {}
         rule = self.settings.kafka_auto_offset_reset
         if rule == "latest" and look.committed:
             rule = "a partition added since the group began"
-        ends = look.ends if rule == "latest" else look.begins
-        pins = {tp: at for tp, at in ends.items() if tp not in look.committed}
-        for tp, at in sorted(pins.items()):
+        bounds = look.ends if rule == "latest" else look.begins
+        pins = {tp: bounds[tp] for tp in sorted(missing)}
+        if not self.send_commit({tp: OffsetAndMetadata(at, "") for tp, at in pins.items()}):
+            return {}
+        for tp, at in pins.items():
             text = "group %s begins %s/%d at offset %d (%s)"
             log.info(text, self.settings.kafka_group_id, *tp, at, rule)
         return pins
@@ -1080,15 +1152,23 @@ class Sink(ConsumerRebalanceListener):
                 )
                 log.error(text, at, end, *tp, begin)
                 self.partitions[tp] = Partition(begin, begin, moved_at=self.clock())
+                self.consumer.resume(tp)
                 self.last_committed.pop(tp, None)
         self.range_unknown = False
         self.rewind()
 
-    def rewind(self) -> None:
-        """Fetch from where taking stopped: the client forgets what it has fetched and not given
-        out when a partition is paused, or when it raises."""
-        for tp, partition in self.partitions.items():
-            self.consumer.seek(tp, partition.position)
+    def rewind(self, *tps: TopicPartition) -> None:
+        """Have partitions (all, if none is named) fetched from where taking stopped. The client
+        drops what it has fetched and not given out when a partition is paused, or when it raises,
+        and goes on behind it: without this those records would be skipped and committed over."""
+        for tp in tps or self.partitions:
+            self.consumer.seek(tp, self.partitions[tp].position)
+
+    def rest(self, tp: TopicPartition, until: float) -> None:
+        """Have a partition not fetched until then."""
+        self.partitions[tp].rests_until = until
+        self.consumer.pause(tp)
+        self.rewind(tp)
 
     def rest_where_nothing_comes(self) -> None:
         """Let a partition rest that has records and gives none: the client asks for them without
@@ -1097,15 +1177,15 @@ class Sink(ConsumerRebalanceListener):
         for tp, partition in self.partitions.items():
             if partition.rests_until is not None:
                 if now >= partition.rests_until:
-                    partition.rests_until, partition.moved_at = None, now - STANDS_AFTER + 0.5
+                    partition.rests_until = None
+                    # Half a second is enough to see whether it gives records now.
+                    partition.moved_at = now - STANDS_AFTER + 0.5 if partition.stands else now
                     self.consumer.resume(tp)
-                    self.consumer.seek(tp, partition.position)
+                    self.rewind(tp)
             elif look is None or look.ends.get(tp, math.inf) <= partition.position:
                 partition.moved_at, partition.stands = now, ""
             elif not look.ends or now - partition.moved_at > STANDS_AFTER:
-                partition.rests_until = now + 4
-                self.consumer.pause(tp)
-                self.consumer.seek(tp, partition.position)  # as in `rewind`
+                self.rest(tp, now + 4)
                 partition.stands = (
                     f"the broker gives no record, though there are some up to"
                     f" {look.ends.get(tp, '?')}: it refuses the fetch, or has no leader for it"
@@ -1137,7 +1217,7 @@ class Sink(ConsumerRebalanceListener):
         finally:
             self.partitions.clear()
             self.assigned = frozenset()
-            self.stats.holding.clear()
+            self.stats.holding = {}
             # kafka-python 3 forgets a join that outlasts its poll, unless it is asked for.
             self.consumer._coordinator.request_rejoin()
 
@@ -1291,7 +1371,9 @@ def consume(settings: Settings, bucket: Bucket, stop: config.Stop, limit: float)
     )
     sink = Sink(settings, consumer, Uploader(settings, bucket, stats), stats, limit)
     consumer.partitions_for_topic(settings.kafka_topic)  # else it joins once without any
-    consumer._client.cluster.add_listener(lambda cluster: sink.suspect())
+    cluster = consumer._client.cluster
+    cluster.config["retry_backoff_ms"] = 100  # else it asks for a missing leader every 2 ms
+    cluster.add_listener(sink.on_metadata)
     consumer.subscribe([settings.kafka_topic], listener=sink)
     sink.monitor = Monitor(sink, looking(settings), sink.clock)
     threading.Thread(target=sink.monitor.run, name="monitor", daemon=True).start()

@@ -294,11 +294,10 @@ class Client:
                 self.at[tp] = offsets[-1] + 1
         self.fetched.clear()
 
-    def position(self, tp):
-        assert tp in self.at, "Partition is not assigned"
-        if self.at[tp] is None:
-            raise NoOffsetForPartitionError(tp)
-        return self.at[tp]
+    @property
+    def _subscription(self):
+        states = {tp: SimpleNamespace(position=at) for tp, at in self.at.items()}
+        return SimpleNamespace(assignment=states)
 
     def pause(self, *tps):
         assert set(tps) <= set(self.at)

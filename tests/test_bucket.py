@@ -218,6 +218,13 @@ def test_after_silence_it_is_asked_first_whether_the_object_is_there(loop):
     assert bucket.methods() == ["HEAD", "PUT"]
 
 
+def test_before_the_condition_is_proven_an_object_that_is_there_proves_it(loop):
+    bucket = Answering(REFUSED, there(), honours=False)
+    assert loop.run_until_complete(bucket.create("n", b"v", look_first=True)) == "replayed"
+    assert bucket.methods() == ["PUT", "HEAD"]
+    assert bucket.honours_condition
+
+
 # ----------------------------------------------------------------------------------- one request
 
 
@@ -642,6 +649,34 @@ def test_a_dead_letter_under_way_is_waited_for_and_not_sent_twice(loop):
     assert up.pass_(1) == ["dead"]
     assert len(letters.sent) == 1
     assert not up.uploader.letters
+
+
+def test_while_the_dead_letter_topic_is_missing_one_letter_finds_it_out_for_all(loop):
+    class NoTopic:
+        asked = 0
+
+        def send(self, *args, **kwargs):
+            self.asked += 1
+            loop.now += 0.5  # the client waits for the topic's metadata
+            raise KafkaTimeoutError("Failed to update metadata")
+
+    up = Attempts(loop, Store(loop), concurrency=64)
+    up.uploader.producer = producer = NoTopic()
+    up.begin(*(a_record(n, b"bad") for n in range(64)))
+    outcomes = up.pass_(1)
+    assert [type(outcome) for outcome in outcomes] == [KafkaTimeoutError] * 64
+    assert producer.asked == 1
+
+
+def test_an_attempt_taken_back_before_the_loop_came_to_it_is_let_go(loop):
+    up = Attempts(loop, Store(loop))
+    up.begin(a_record(0), a_record(1))
+    attempt = up.taken[0].attempt
+    assert attempt.cancel()
+    up.taken[0].attempt = None  # as Sink.fail does
+    loop.run_until_complete(asyncio.sleep(1))
+    assert set(up.bucket.objects) == {"stock_market_1.json"}
+    assert not up.uploader.tasks
 
 
 def test_a_refused_dead_letter_is_an_error_and_sent_again(loop):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from kafka.errors import CommitFailedError, KafkaTimeoutError
 from kafka.errors import GroupAuthorizationFailedError as NotAllowed
 
-from config import Failure, S3Error
+from config import Failure, S3Error, Unreadable
 from kafka_consumer import (
     BYTES_IN_HAND,
     COMMIT_EVERY,
@@ -313,6 +313,16 @@ def test_who_finds_no_position_pins_every_partition_of_the_topic_in_one_commit(s
     assert uploads.submitted == []
 
 
+def test_who_does_not_own_the_first_partition_waits_until_its_owner_has_pinned(sinks, clock):
+    sink, topic, uploads = sinks(30, 40, KAFKA_AUTO_OFFSET_RESET="latest")
+    sink.consumer.next = [1]
+    stepping(sink, clock, 1)
+    assert topic.commits == []
+    topic.group = {TP: 30, TP1: 38}
+    stepping(sink, clock, 1)
+    assert uploads.submitted == [(1, 38), (1, 39)]
+
+
 def test_a_group_goes_on_where_it_stopped(sinks, clock):
     sink, _topic, uploads = sinks(50, 9, group={TP: 42})
     stepping(sink, clock, 1)
@@ -445,6 +455,22 @@ def test_a_topic_made_anew_behind_a_rebalance_ends_it(sinks, clock, there):
     with pytest.raises(Failure, match="was the topic deleted and made anew"):
         stepping(sink, clock, 3)
     assert topic.group == there
+
+
+def test_metadata_that_comes_again_and_again_keeps_no_commit_waiting(sinks, clock):
+    """As it does while a partition has no leader."""
+    sink, topic, _uploads = sinks(2_000)
+    stepping(sink, clock, 10, lambda: sink.on_metadata(None))
+    assert topic.group == {TP: 2_000}
+
+
+def test_a_record_that_cannot_be_read_leaves_no_call_open(sinks, clock):
+    sink, _topic, _uploads = sinks(9)
+    settled(sink, clock)
+    sink.consumer.errors["poll"] = [Unreadable("why")]
+    with pytest.raises(Unreadable):
+        stepping(sink, clock, 1)
+    assert sink.called_at == math.inf
 
 
 def test_after_a_gap_nothing_is_committed_before_the_groups_position_is_known(sinks, clock):
@@ -769,6 +795,67 @@ def test_a_partition_that_cannot_be_served_keeps_no_other_waiting(sinks, clock, 
     uploads.outcome = lambda record: "written"
     stepping(sink, clock, 3)
     assert topic.group == {TP: 100, TP1: 1_000}
+
+
+def test_a_held_partition_gives_back_what_fills_the_window(sinks, clock):
+    sink, topic, uploads = sinks(1_000, 1_000)
+    uploads.outcome = lambda record: failing("AccessDenied") if record.partition == 0 else "written"
+    stepping(sink, clock, 10, lambda: sink.under_way() <= WINDOW or pytest.fail("too many"))
+    assert topic.group == {TP: 0, TP1: 1_000}
+    topic.ends[TP1] += 500
+    stepping(sink, clock, 5)
+    assert topic.group == {TP: 0, TP1: 1_500}
+    uploads.outcome = lambda record: "written"
+    stepping(sink, clock, 10)
+    assert topic.group == {TP: 1_000, TP1: 1_500}
+    assert sink.stats.written == 2_500
+
+
+def test_a_dead_letter_behind_a_hold_is_not_sent_twice(sinks, clock):
+    sink, topic, uploads = sinks(300, 1_000)
+    denied = [True]
+
+    def outcome(record):
+        if record.partition == 0 and record.offset == 5 and denied:
+            return failing("AccessDenied")
+        return "dead" if record.partition == 0 and record.offset % 3 == 0 else "written"
+
+    uploads.outcome = outcome
+    stepping(sink, clock, 10)
+    assert topic.group == {TP: 5, TP1: 1_000}
+    denied.clear()
+    stepping(sink, clock, 10)
+    assert topic.group == {TP: 300, TP1: 1_000}
+    dead = [offset for partition, offset in uploads.submitted if partition == 0 and offset % 3 == 0]
+    assert sorted(dead) == list(range(0, 300, 3))
+    assert sink.stats.dead_letters == 100 and sink.stats.written == 1_200
+
+
+def test_the_first_in_line_that_failed_is_the_hold(sinks, clock):
+    sink, _topic, uploads = sinks(8)
+    settled(sink, clock)
+    stepping(sink, clock, 0.5)
+    uploads.takes = lambda record: 0.5 if record.offset == 10 else 0.02
+    uploads.outcome = lambda record: failing() if record.offset in (10, 12) else "written"
+    _topic.ends[TP] = 20
+    stepping(sink, clock, 0.3)
+    assert sink.partitions[TP].hold.record.offset == 12
+    stepping(sink, clock, 1)
+    assert sink.partitions[TP].hold.record.offset == 10
+    assert sink.stats.holds == 1
+
+
+def test_a_rebalance_in_an_outage_does_not_say_that_it_is_over(sinks, clock, lines):
+    sink, topic, uploads = sinks(20, takes=lambda record: 1.5)
+    uploads.outcome = lambda record: failing()
+    stepping(sink, clock, 10)
+    rebalance(sink, 0)
+    stepping(sink, clock, 10)
+    assert not [line for line in lines() if "answers again" in line]
+    uploads.outcome = lambda record: "written"
+    stepping(sink, clock, 10)
+    assert topic.group == {TP: 20}
+    assert len([line for line in lines() if "S3 answers again" in line]) == 1
 
 
 def test_while_all_partitions_fail_one_record_is_the_probe_for_all(sinks, clock):
