@@ -268,11 +268,11 @@ class Bucket:
         self.credentials, self.keys_until = credentials, 0.0
 
     async def renew(self, error: Exception) -> None:
-        """Look for new credentials after an error of any kind, at a growing distance."""
+        """TopicState for new credentials after an error of any kind, at a growing distance."""
         now = asyncio.get_running_loop().time()
         if now < self.renew_at:
             return
-        self.renew_at = math.inf  # one look at a time
+        self.renew_at = math.inf  # one search at a time
         try:
             await _slowly(self.find_credentials())
         except Exception as failed:  # those in use may still be good
@@ -333,19 +333,19 @@ class Bucket:
         headers = {"Content-Type": "application/json", "Content-MD5": digest}
         return await self.request("PUT", name, value, **headers, **{"If-None-Match": "*"})
 
-    async def create(self, name: str, value: bytes, look_first: bool = False) -> str:
+    async def create(self, name: str, value: bytes, check_first: bool = False) -> str:
         """Make the object: "written", or "replayed" when it was there with the same bytes (a
-        replay, or an upload of ours whose answer was lost: then `look_first`).
+        replay, or an upload of ours whose answer was lost: then `check_first`).
 
         Raises Conflict for other bytes, Failure for a server that ignores the condition, and
         S3Error, or what the connection raises, for what may pass.
         """
-        if look_first and self.honours_condition and await self.holds(name, value):
+        if check_first and self.honours_condition and await self.has(name, value):
             return "replayed"
         answer = await self.put(name, value)
         if answer.refused_condition():
             self.honours_condition = True
-            if await self.holds(name, value):
+            if await self.has(name, value):
                 return "replayed"
             raise S3Error("PreconditionFailed", "an object was there, and now there is none")
         if answer.status == 501 and answer.element("Code") == "NotImplemented":
@@ -353,7 +353,7 @@ class Bucket:
         if answer.status != 200 or not answer.etag() or b"<Error>" in answer.body:
             raise answer.error()
         proven = answer.has_md5(value) or answer.uses_keys()
-        if not proven and not await self.holds(name, value):
+        if not proven and not await self.has(name, value):
             raise S3Error("NoSuchKey", "the object was said to be made, and was not")
         if not self.honours_condition:  # the first of this run, and it is made alone
             await self.check_condition(name, value)
@@ -374,7 +374,7 @@ class Bucket:
             " without a word: use one that knows conditional writes (see S3_ENDPOINT_URL)"
         )
 
-    async def holds(self, name: str, value: bytes) -> bool:
+    async def has(self, name: str, value: bytes) -> bool:
         """Whether the object is there with these bytes; False when it is not there.
 
         Raises Conflict when it has others, and an answer proves it.
@@ -483,7 +483,7 @@ class Uploader:
         name = object_name(self.settings.s3_prefix, record.partition, record.offset)
         silent = isinstance(taken.error, TimeoutError)
         try:
-            outcome = await self.bucket.create(name, record.value, look_first=silent)
+            outcome = await self.bucket.create(name, record.value, check_first=silent)
         except Exception as error:
             self._in_background(self.bucket.renew(error))
             raise
@@ -545,7 +545,7 @@ class Uploader:
 
 
 @dataclass(frozen=True)
-class Look:
+class TopicState:
     """What the brokers said of the topic. A partition whose leader does not answer is in
     `problems`, and in neither of the dictionaries of offsets."""
 
@@ -556,7 +556,9 @@ class Look:
     committed: dict[TopicPartition, Any]  # the group's positions: offset and metadata
 
 
-def look(client: Any, topic: str, asked_at: float, heard: Callable[[], None]) -> Look:
+def fetch_topic_state(
+    client: Any, topic: str, asked_at: float, heard: Callable[[], None]
+) -> TopicState:
     """Ask the leaders of the topic's partitions, and the coordinator for the group's positions;
     without a topic all is empty. It takes as long as they do, and calls `heard` at every answer.
 
@@ -580,7 +582,7 @@ def look(client: Any, topic: str, asked_at: float, heard: Callable[[], None]) ->
         raise kafka_errors.KafkaTimeoutError
     committed = client._coordinator.fetch_committed_offsets(tps)
     heard()
-    return Look(asked_at, begins, ends, problems, committed)
+    return TopicState(asked_at, begins, ends, problems, committed)
 
 
 def _silent(cluster: Any, node: int | None, error: Exception) -> str:
@@ -591,8 +593,8 @@ def _silent(cluster: Any, node: int | None, error: Exception) -> str:
     return f"its leader, {where}, does not answer ({type(error).__name__})"
 
 
-def looking(settings: Settings) -> Callable[..., Future[Look]]:
-    """`look` with a client of its own, in a thread for each."""
+def topic_state_fetcher(settings: Settings) -> Callable[..., Future[TopicState]]:
+    """`fetch_topic_state` with a client of its own, in a thread for each."""
     client = config.make_consumer(
         settings,
         session_timeout_ms=1000,  # the client wants it below the next, though it joins no group
@@ -600,7 +602,7 @@ def looking(settings: Settings) -> Callable[..., Future[Look]]:
         heartbeat_interval_ms=300,
         metadata_max_age_ms=5000,
     )
-    return partial(config.background, look, client, settings.kafka_topic)
+    return partial(config.background, fetch_topic_state, client, settings.kafka_topic)
 
 
 class Monitor:
@@ -608,12 +610,12 @@ class Monitor:
     a thread and a client of its own: whatever the main thread waits for, it goes on."""
 
     def __init__(
-        self, sink: Any, ask: Callable[..., Future[Look]], clock: Callable[[], float]
+        self, sink: Any, ask: Callable[..., Future[TopicState]], clock: Callable[[], float]
     ) -> None:
-        """`ask(asked_at, heard)` begins a `look`."""
+        """`ask(asked_at, heard)` begins a `fetch_topic_state`."""
         self.sink, self.ask, self.clock = sink, ask, clock
-        self.latest: Look | None = None
-        self.asking: Future[Look] | None = None
+        self.latest: TopicState | None = None
+        self.asking: Future[TopicState] | None = None
         self.asked_at, self.unanswered_since = -math.inf, math.inf
         self.notices = config.Notices(clock)
         self.shown_at, self.shown = clock(), 0
@@ -631,7 +633,7 @@ class Monitor:
             if not isinstance(self.asking.exception(), KafkaError):
                 self.latest, self.unanswered_since = self.asking.result(), math.inf
             self.asking = None
-        wanted = self.latest is None or self.latest.asked_at <= self.sink.look_wanted_at
+        wanted = self.latest is None or self.latest.asked_at <= self.sink.state_wanted_at
         if self.asking is None and now - self.asked_at >= (0.05 if wanted else LOOK_EVERY):
             self.asked_at, self.unanswered_since = now, min(self.unanswered_since, now)
             self.asking = self.ask(now, self.heard)
@@ -645,24 +647,24 @@ class Monitor:
 
     def problems(self, now: float) -> dict[str, config.Problem]:
         """What stands still now; the key says what would be so if it did not."""
-        sink, topic, look = self.sink, self.sink.settings.kafka_topic, self.latest
+        sink, topic, state = self.sink, self.sink.settings.kafka_topic, self.latest
         # The first answer takes some more: the client has to connect.
-        silent_since = self.unanswered_since + (3 if look is None else 0)
+        silent_since = self.unanswered_since + (3 if state is None else 0)
         if sink.assigned:  # else it may wait for the group
             silent_since = min(silent_since, sink.called_at + 6)  # a call may take a while
         if now - silent_since >= 2:
             text = (
-                f"no answer from the broker for {now - silent_since:.0f} s: {sink.under_way()}"
+                f"no answer from the broker for {now - silent_since:.0f} s: {sink.in_hand()}"
                 f" records in hand wait, nothing is lost{config.last_words}"
             )
             return {"the broker answers": config.Problem(text, since=silent_since)}
         found = {}
-        if look and not look.ends:
+        if state and not state.ends:
             text = f"topic {topic} does not exist any more, or this user may not see it"
             found["the topic is there"] = config.Problem(text)
         for tp in sink.assigned:
             partition = sink.partitions.get(tp)
-            why = (look.problems.get(tp) if look else "") or (partition and partition.stands)
+            why = (state.problems.get(tp) if state else "") or (partition and partition.stalled)
             if why:
                 at = f" at {partition.position}" if partition else ""
                 text = f"{topic}/{tp.partition} stands still{at}: {why}; the others go on"
@@ -739,15 +741,15 @@ class Partition:
     hold: Taken | None = None  # it failed, and is tried alone until it is done
     given_back: dict[int, Future[str] | None] = field(default_factory=dict)  # attempts, by offset
     moved_at: float = 0.0
-    rests_until: float | None = None  # not fetched until then
-    stands: str = ""  # why the broker gives no record, though there are some
+    paused_until: float | None = None  # not fetched until then
+    stalled: str = ""  # why the broker gives no record, though there are some
 
-    def done(self) -> int:
+    def committable(self) -> int:
         """The position below which all is done: what may be committed."""
         return self.line[0].record.offset if self.line else self.position
 
     def to_commit(self) -> OffsetAndMetadata:
-        return OffsetAndMetadata(self.done(), f"lost {self.lost}" if self.lost else "")
+        return OffsetAndMetadata(self.committable(), f"lost {self.lost}" if self.lost else "")
 
 
 @dataclass(eq=False)
@@ -765,9 +767,9 @@ class Sink(ConsumerRebalanceListener):
     monitor: Any = None
     partitions: dict[TopicPartition, Partition] = field(default_factory=dict)
     last_committed: dict[TopicPartition, int] = field(default_factory=dict)  # by this process
-    at_once: int = 1  # attempts under way at most; from WINDOW on the uploader's slots decide
+    max_attempts: int = 1  # attempts under way at most; from WINDOW on the uploader's slots decide
     link_is_slow: bool = False  # the last hold was by silence
-    look_wanted_at: float = -math.inf
+    state_wanted_at: float = -math.inf
     verified: bool = False  # the group's positions are what we committed last
     range_unknown: bool = False  # a position was out of the topic's range
     committed_at: float = -math.inf
@@ -792,13 +794,13 @@ class Sink(ConsumerRebalanceListener):
         self.stepped_at = now
         if self.range_unknown:
             self.find_range()
-        left = self.limit - self.stats.done - self.under_way()
+        left = self.limit - self.stats.done - self.in_hand()
         enough = 1 if self.unsettled() else min(POLL_ROOM, max(left, 1))
         if self.room() < enough:
             self.make_room()
         if self.room() >= enough:
             self.take(self.poll(100 if self.is_idle() else 10, max(1, int(self.room()))))
-            self.rest_where_nothing_comes()
+            self.pause_where_nothing_comes()
         else:
             self.wait_for_first(0.1)
             if self.clock() - self.polled_at > 0.5:
@@ -807,11 +809,11 @@ class Sink(ConsumerRebalanceListener):
         self.begin()
         self.commit()
 
-    def under_way(self) -> int:
+    def in_hand(self) -> int:
         return sum(len(partition.line) for partition in list(self.partitions.values()))
 
     def is_idle(self) -> bool:
-        return not (self.under_way() or self.unsettled())
+        return not (self.in_hand() or self.unsettled())
 
     def room(self) -> float:
         """How many records may be taken."""
@@ -825,7 +827,7 @@ class Sink(ConsumerRebalanceListener):
         if self.range_unknown or in_hand >= BYTES_IN_HAND:
             return 0
         uncommitted = sum(p.position - p.committed for p in self.partitions.values())
-        return min(WINDOW - uncommitted, self.limit - self.stats.done - self.under_way())
+        return min(WINDOW - uncommitted, self.limit - self.stats.done - self.in_hand())
 
     def make_room(self) -> None:
         """Where a partition holds and keeps others waiting, give back what stands behind its hold:
@@ -839,7 +841,7 @@ class Sink(ConsumerRebalanceListener):
                 taken = line.pop()
                 partition.given_back[taken.record.offset] = taken.attempt
             partition.position = line[-1].record.offset + 1
-            self.rest(tp, math.inf)
+            self.pause(tp, math.inf)
 
     def poll(self, timeout_ms: int, limit: int) -> dict[TopicPartition, list[Any]]:
         """Records in order; {} while something has to be settled first. Raises Unreadable."""
@@ -873,7 +875,7 @@ class Sink(ConsumerRebalanceListener):
                     attempt = partition.given_back.pop(record.offset, None)
                     partition.line.append(Taken(record, attempt))
             partition.position = batches[tp][-1].offset + 1
-            partition.moved_at, partition.stands = self.clock(), ""
+            partition.moved_at, partition.stalled = self.clock(), ""
         for tp, partition in self.partitions.items():  # past markers, and what was compacted
             partition.position = max(partition.position, config.position(self.consumer, tp))
 
@@ -902,7 +904,7 @@ class Sink(ConsumerRebalanceListener):
                 if taken is partition.line[0]:
                     partition.line.popleft()
                     self.finish(taken.record, taken.attempt.result())
-            partition.finished = partition.done()
+            partition.finished = partition.committable()
         holds = [partition.hold for partition in self.partitions.values() if partition.hold]
         self.stats.holding = {hold.record.partition: code_of(hold.error) for hold in holds}
         self.failing |= self.describe(holds)
@@ -914,9 +916,9 @@ class Sink(ConsumerRebalanceListener):
         self.failing.clear()  # what does fail still is said again below
         self.stats.last_success = time.time()
         if outcome != "dead" or self.stats.written:  # a dead letter proves nothing of S3
-            self.at_once += 1 if self.link_is_slow else WINDOW
-        if self.at_once >= self.settings.s3_max_concurrency:
-            self.at_once, self.link_is_slow = WINDOW, False
+            self.max_attempts += 1 if self.link_is_slow else WINDOW
+        if self.max_attempts >= self.settings.s3_max_concurrency:
+            self.max_attempts, self.link_is_slow = WINDOW, False
         if outcome == "dead":
             self.stats.dead_letters += 1
             text = "dead letter: %s/%d/%d (key %s) to %s: %s"
@@ -939,17 +941,17 @@ class Sink(ConsumerRebalanceListener):
         for partition in self.partitions.values():
             if not partition.hold:
                 batch += [taken for taken in partition.line if taken.attempt is None]
-        if batch and self.at_once < WINDOW:
+        if batch and self.max_attempts < WINDOW:
             lines = chain.from_iterable(partition.line for partition in self.partitions.values())
             under_way = sum(taken.is_under_way() for taken in lines)
-            batch = batch[: max(0, self.at_once - under_way)]
+            batch = batch[: max(0, self.max_attempts - under_way)]
         if batch:
             self.uploader.start(batch)
 
     def commit(self, *, now: bool = False) -> None:
         """Commit what is done, every COMMIT_EVERY seconds or POLL_ROOM records."""
-        ready = {tp: p for tp, p in self.partitions.items() if p.done() != p.committed}
-        count = sum(p.done() - p.committed for p in ready.values())
+        ready = {tp: p for tp, p in self.partitions.items() if p.committable() != p.committed}
+        count = sum(p.committable() - p.committed for p in ready.values())
         due = now or count >= POLL_ROOM or self.clock() - self.committed_at >= COMMIT_EVERY
         if ready and due and self.verify():
             positions = {tp: p.to_commit() for tp, p in ready.items()}
@@ -989,7 +991,7 @@ class Sink(ConsumerRebalanceListener):
             if flaw(taken.record.value):
                 taken.what = f"topic {self.settings.kafka_dlq_topic}"
             self.stats.holds += hold is None
-            self.at_once, self.link_is_slow = 1, isinstance(error, TimeoutError)
+            self.max_attempts, self.link_is_slow = 1, isinstance(error, TimeoutError)
             for waiting in chain.from_iterable(p.line for p in self.partitions.values()):
                 if waiting.attempt and waiting.attempt.cancel():  # it had no slot yet
                     waiting.attempt = None
@@ -1000,8 +1002,8 @@ class Sink(ConsumerRebalanceListener):
     def release(self, partition: Partition) -> None:
         """A hold is over; the others are tried at once."""
         partition.hold = None
-        if partition.rests_until == math.inf:
-            partition.rests_until = self.clock()
+        if partition.paused_until == math.inf:
+            partition.paused_until = self.clock()
         for other in self.partitions.values():
             if other.hold:
                 other.hold.retry_at = self.clock()
@@ -1026,7 +1028,7 @@ class Sink(ConsumerRebalanceListener):
     def suspect(self) -> None:
         """The topic, or the group's positions, may not be what they were: look before the next
         commit."""
-        self.look_wanted_at = self.clock()
+        self.state_wanted_at = self.clock()
         self.verified = False  # last: `verify` may run at this moment, in the main thread
 
     def on_metadata(self, cluster: object) -> None:
@@ -1035,11 +1037,11 @@ class Sink(ConsumerRebalanceListener):
         if self.verified:
             self.suspect()
 
-    def positions(self) -> Look | None:
+    def fresh_state(self) -> TopicState | None:
         """What the group has committed, when that was asked since it was wanted."""
-        look = self.monitor.latest
-        fresh = look and look.asked_at > self.look_wanted_at
-        return look if fresh else None
+        state = self.monitor.latest
+        fresh = state and state.asked_at > self.state_wanted_at
+        return state if fresh else None
 
     def verify(self) -> bool:
         """Whether the group's positions are known to be those that this process committed.
@@ -1049,11 +1051,11 @@ class Sink(ConsumerRebalanceListener):
         """
         if self.verified:
             return True
-        wanted, look = self.look_wanted_at, self.positions()
-        if look is None:
+        wanted, state = self.state_wanted_at, self.fresh_state()
+        if state is None:
             return False
         for tp in self.assigned:
-            ours, there = self.last_committed.get(tp), look.committed.get(tp)
+            ours, there = self.last_committed.get(tp), state.committed.get(tp)
             if ours is not None and (there is None or there.offset < ours):
                 raise Failure(
                     f"the position {ours} that group {self.settings.kafka_group_id} had committed"
@@ -1061,13 +1063,13 @@ class Sink(ConsumerRebalanceListener):
                     " was the topic deleted and made anew? Nothing of it was committed: set"
                     " another S3_PREFIX and start again"
                 )
-        self.verified = self.look_wanted_at == wanted
+        self.verified = self.state_wanted_at == wanted
         return self.verified
 
-    def wait_for_look(self, seconds: float) -> None:
+    def wait_for_state(self, seconds: float) -> None:
         """Wait until a commit can be verified, if there may be one; `seconds` at most."""
         deadline = self.clock() + seconds if self.partitions else self.clock()
-        while not self.verified and not self.positions() and self.clock() < deadline:
+        while not self.verified and not self.fresh_state() and self.clock() < deadline:
             self.wait([Future()], 0.02)
 
     def unsettled(self) -> set[TopicPartition]:
@@ -1079,23 +1081,23 @@ class Sink(ConsumerRebalanceListener):
         """Give newly assigned partitions, paused since, their position. Where the group has none
         it is committed before anything is fetched: a death before the first commit skips nothing.
         """
-        look = self.positions()
-        if look is None:
+        state = self.fresh_state()
+        if state is None:
             return  # and again after the next poll
         self.verify()
-        begun = {tp: at.offset for tp, at in look.committed.items()}
-        if missing := look.begins.keys() - begun.keys():
-            pinned = self.pin_first_positions(look, missing)
+        begun = {tp: at.offset for tp, at in state.committed.items()}
+        if missing := state.begins.keys() - begun.keys():
+            pinned = self.pin_first_positions(state, missing)
             if not pinned:
-                self.look_wanted_at = self.clock()
+                self.state_wanted_at = self.clock()
                 return
             begun |= pinned
         for tp in sorted(new & begun.keys()):
             self.consumer.seek(tp, begun[tp])
             self.consumer.resume(tp)
             partition = Partition(begun[tp], begun[tp], moved_at=self.clock())
-            if tp in look.committed:
-                partition.lost = look.committed[tp].metadata.removeprefix("lost ")
+            if tp in state.committed:
+                partition.lost = state.committed[tp].metadata.removeprefix("lost ")
                 text = (
                     "%s/%d: group %s goes on at its position %d; objects before it are not under"
                     " S3_PREFIX=%s unless an earlier run put them there"
@@ -1105,10 +1107,10 @@ class Sink(ConsumerRebalanceListener):
             self.partitions[tp] = partition
             self.last_committed[tp] = begun[tp]
         if new - begun.keys():  # their leader does not answer, or is not known yet
-            self.look_wanted_at = self.clock()
+            self.state_wanted_at = self.clock()
 
     def pin_first_positions(
-        self, look: Look, missing: Iterable[TopicPartition]
+        self, state: TopicState, missing: Iterable[TopicPartition]
     ) -> dict[TopicPartition, int]:
         """Commit where the group begins the partitions that it has no position on; {} while another
         member has to, or the broker does not take it.
@@ -1120,9 +1122,9 @@ class Sink(ConsumerRebalanceListener):
         if min(missing) not in self.assigned:
             return {}
         rule = self.settings.kafka_auto_offset_reset
-        if rule == "latest" and look.committed:
+        if rule == "latest" and state.committed:
             rule = "a partition added since the group began"
-        bounds = look.ends if rule == "latest" else look.begins
+        bounds = state.ends if rule == "latest" else state.begins
         pins = {tp: bounds[tp] for tp in sorted(missing)}
         if not self.send_commit({tp: OffsetAndMetadata(at, "") for tp, at in pins.items()}):
             return {}
@@ -1133,13 +1135,13 @@ class Sink(ConsumerRebalanceListener):
 
     def find_range(self) -> None:
         """A position that the topic does not have: say what is lost, and go on after it."""
-        look = self.positions()
-        if look is None or not self.verify():
+        state = self.fresh_state()
+        if state is None or not self.verify():
             return
         for tp, partition in list(self.partitions.items()):
-            if tp not in look.ends:
+            if tp not in state.ends:
                 continue
-            at, begin, end = partition.position, look.begins[tp], look.ends[tp]
+            at, begin, end = partition.position, state.begins[tp], state.ends[tp]
             if at < begin:
                 text = "LOST: retention removed offsets %d to %d of %s/%d before they were written"
                 log.error(text, at, begin - 1, *tp)
@@ -1164,31 +1166,31 @@ class Sink(ConsumerRebalanceListener):
         for tp in tps or self.partitions:
             self.consumer.seek(tp, self.partitions[tp].position)
 
-    def rest(self, tp: TopicPartition, until: float) -> None:
+    def pause(self, tp: TopicPartition, until: float) -> None:
         """Have a partition not fetched until then."""
-        self.partitions[tp].rests_until = until
+        self.partitions[tp].paused_until = until
         self.consumer.pause(tp)
         self.rewind(tp)
 
-    def rest_where_nothing_comes(self) -> None:
+    def pause_where_nothing_comes(self) -> None:
         """Let a partition rest that has records and gives none: the client asks for them without
         a pause, and only logs why it gets none."""
-        now, look = self.clock(), self.monitor.latest
+        now, state = self.clock(), self.monitor.latest
         for tp, partition in self.partitions.items():
-            if partition.rests_until is not None:
-                if now >= partition.rests_until:
-                    partition.rests_until = None
+            if partition.paused_until is not None:
+                if now >= partition.paused_until:
+                    partition.paused_until = None
                     # Half a second is enough to see whether it gives records now.
-                    partition.moved_at = now - STANDS_AFTER + 0.5 if partition.stands else now
+                    partition.moved_at = now - STANDS_AFTER + 0.5 if partition.stalled else now
                     self.consumer.resume(tp)
                     self.rewind(tp)
-            elif look is None or look.ends.get(tp, math.inf) <= partition.position:
-                partition.moved_at, partition.stands = now, ""
-            elif not look.ends or now - partition.moved_at > STANDS_AFTER:
-                self.rest(tp, now + 4)
-                partition.stands = (
+            elif state is None or state.ends.get(tp, math.inf) <= partition.position:
+                partition.moved_at, partition.stalled = now, ""
+            elif not state.ends or now - partition.moved_at > STANDS_AFTER:
+                self.pause(tp, now + 4)
+                partition.stalled = (
                     f"the broker gives no record, though there are some up to"
-                    f" {look.ends.get(tp, '?')}: it refuses the fetch, or has no leader for it"
+                    f" {state.ends.get(tp, '?')}: it refuses the fetch, or has no leader for it"
                     f"{config.last_words}; see the topic's compression.type and KAFKA_API_VERSION"
                 )
 
@@ -1198,7 +1200,7 @@ class Sink(ConsumerRebalanceListener):
         """Poll without taking anything: heartbeats go on, and rebalances are answered."""
         self.consumer.pause(*self.partitions)
         self.poll(0, 1)
-        self.consumer.resume(*(tp for tp, p in self.partitions.items() if p.rests_until is None))
+        self.consumer.resume(*(tp for tp, p in self.partitions.items() if p.paused_until is None))
         self.rewind()
         for partition in self.partitions.values():
             partition.moved_at = self.clock()  # nothing was asked for
@@ -1210,7 +1212,7 @@ class Sink(ConsumerRebalanceListener):
             with suppress(Failure):  # whoever has the partition next meets it again
                 self.suspect()
                 self.drain(2)
-                self.wait_for_look(1)
+                self.wait_for_state(1)
                 if self.partitions and self.verify():
                     positions = {tp: p.to_commit() for tp, p in self.partitions.items()}
                     self.consumer.commit_async(positions)
@@ -1247,7 +1249,7 @@ class Sink(ConsumerRebalanceListener):
     def drain(self, seconds: float) -> None:
         """Finish what is under way; at once while it fails. Raises Failure."""
         deadline = self.clock() + seconds
-        while self.under_way() and not self.stats.holding and self.clock() < deadline:
+        while self.in_hand() and not self.stats.holding and self.clock() < deadline:
             self.wait_for_first(0.1)
             self.book()
             self.begin()
@@ -1274,7 +1276,7 @@ def run(sink: Sink, stop: config.Stop) -> None:
     Raises Failure.
     """
     stats = sink.stats
-    stop.under_way = lambda: f"{sink.under_way()} uploads under way"
+    stop.under_way = lambda: f"{sink.in_hand()} uploads under way"
     try:
         while not stop.requested and stats.done < sink.limit:
             stop.check()
@@ -1285,7 +1287,7 @@ def run(sink: Sink, stop: config.Stop) -> None:
         raise
     finally:
         try:
-            sink.wait_for_look(1)
+            sink.wait_for_state(1)
             sink.commit(now=True)
         finally:
             with suppress(TimeoutError, KafkaError):
@@ -1375,7 +1377,7 @@ def consume(settings: Settings, bucket: Bucket, stop: config.Stop, limit: float)
     cluster.config["retry_backoff_ms"] = 100  # else it asks for a missing leader every 2 ms
     cluster.add_listener(sink.on_metadata)
     consumer.subscribe([settings.kafka_topic], listener=sink)
-    sink.monitor = Monitor(sink, looking(settings), sink.clock)
+    sink.monitor = Monitor(sink, topic_state_fetcher(settings), sink.clock)
     threading.Thread(target=sink.monitor.run, name="monitor", daemon=True).start()
     try:
         run(sink, stop)

@@ -25,7 +25,7 @@ from kafka.errors import (
 )
 
 from config import NoOffsetForPartitionError, Settings, TransactionMarker
-from kafka_consumer import Look, Monitor, Sink, Stats
+from kafka_consumer import Monitor, Sink, Stats, TopicState
 
 TOPIC = "test"
 TP, TP1 = TopicPartition(TOPIC, 0), TopicPartition(TOPIC, 1)
@@ -129,8 +129,8 @@ class Broker:
         return Record(TOPIC, tp.partition, offset, None, self.values(tp.partition, offset))
 
     def look(self, asked_at, heard):
-        """What `kafka_consumer.looking` asks of the brokers, answered after `look_takes`."""
-        answer: Future[Look] = Future()
+        """The state of the topic, as the brokers tell it after `look_takes`."""
+        answer: Future[TopicState] = Future()
         takes = self.look_takes()
 
         def end():
@@ -145,7 +145,7 @@ class Broker:
 
     def seen(self, asked_at):
         heard = sorted(self.ends.keys() - self.mute)  # a seed repeats every step
-        return Look(
+        return TopicState(
             asked_at,
             {tp: self.begins[tp] for tp in heard},
             {tp: self.ends[tp] for tp in heard},

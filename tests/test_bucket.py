@@ -211,16 +211,16 @@ def test_a_second_put_without_a_clear_answer_is_tried_again_with_the_next_attemp
 
 def test_after_silence_it_is_asked_first_whether_the_object_is_there(loop):
     bucket = Answering(there())
-    assert loop.run_until_complete(bucket.create("n", b"v", look_first=True)) == "replayed"
+    assert loop.run_until_complete(bucket.create("n", b"v", check_first=True)) == "replayed"
     assert bucket.methods() == ["HEAD"]
     bucket = Answering(MISSING, made())
-    assert loop.run_until_complete(bucket.create("n", b"v", look_first=True)) == "written"
+    assert loop.run_until_complete(bucket.create("n", b"v", check_first=True)) == "written"
     assert bucket.methods() == ["HEAD", "PUT"]
 
 
 def test_before_the_condition_is_proven_an_object_that_is_there_proves_it(loop):
     bucket = Answering(REFUSED, there(), honours=False)
-    assert loop.run_until_complete(bucket.create("n", b"v", look_first=True)) == "replayed"
+    assert loop.run_until_complete(bucket.create("n", b"v", check_first=True)) == "replayed"
     assert bucket.methods() == ["PUT", "HEAD"]
     assert bucket.honours_condition
 
@@ -459,12 +459,12 @@ class Store:
 
     def __init__(self, loop, fails=lambda name, attempt: None, took=0.02):
         self.loop, self.fails, self.took = loop, fails, took
-        self.objects, self.attempts, self.looked_first = {}, defaultdict(int), []
+        self.objects, self.attempts, self.checked_first = {}, defaultdict(int), []
         self.now = self.most = self.renewed = self.renew_pause = 0
 
-    async def create(self, name, value, look_first):
+    async def create(self, name, value, check_first):
         self.attempts[name] += 1
-        self.looked_first.append(look_first)
+        self.checked_first.append(check_first)
         self.now += 1
         self.most = max(self.most, self.now)
         await asyncio.sleep(self.took)
@@ -604,7 +604,7 @@ def test_only_after_silence_is_the_object_looked_for_first(loop):
     up.pass_(1)
     up.again(TimeoutError())
     up.pass_(1)
-    assert up.bucket.looked_first == [False, False, True]
+    assert up.bucket.checked_first == [False, False, True]
 
 
 def test_a_flawed_record_goes_unchanged_to_the_dead_letter_topic(loop):

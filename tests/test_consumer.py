@@ -23,7 +23,7 @@ from kafka_consumer import (
     COMMIT_EVERY,
     WINDOW,
     Conflict,
-    Look,
+    TopicState,
     add_range,
     flaw,
     object_name,
@@ -225,7 +225,7 @@ def test_the_window_of_256_is_never_exceeded(sinks, clock):
     )
 
     def check():
-        assert sink.under_way() <= WINDOW
+        assert sink.in_hand() <= WINDOW
         assert len(uploads.under_way) <= WINDOW
 
     stepping(sink, clock, 5, check)
@@ -246,7 +246,7 @@ def test_one_record_at_least_is_taken_however_large(sinks, clock):
     sink, topic, _uploads = sinks(3)
     sink.consumer.prefetch = 1
     topic.values = lambda p, o: b"x" * (BYTES_IN_HAND + 1)
-    stepping(sink, clock, 2, lambda: sink.under_way() <= 1)
+    stepping(sink, clock, 2, lambda: sink.in_hand() <= 1)
     assert topic.group == {TP: 3}
 
 
@@ -368,7 +368,7 @@ def test_a_partition_that_waits_for_its_position_opens_the_window_for_no_other(s
     topic.mute = topic.refused = {TP1}
 
     def check():
-        assert sink.under_way() <= WINDOW
+        assert sink.in_hand() <= WINDOW
 
     stepping(sink, clock, 10, check)
 
@@ -800,7 +800,7 @@ def test_a_partition_that_cannot_be_served_keeps_no_other_waiting(sinks, clock, 
 def test_a_held_partition_gives_back_what_fills_the_window(sinks, clock):
     sink, topic, uploads = sinks(1_000, 1_000)
     uploads.outcome = lambda record: failing("AccessDenied") if record.partition == 0 else "written"
-    stepping(sink, clock, 10, lambda: sink.under_way() <= WINDOW or pytest.fail("too many"))
+    stepping(sink, clock, 10, lambda: sink.in_hand() <= WINDOW or pytest.fail("too many"))
     assert topic.group == {TP: 0, TP1: 1_000}
     topic.ends[TP1] += 500
     stepping(sink, clock, 5)
@@ -904,7 +904,7 @@ def test_no_more_is_taken_than_was_asked_for(sinks, clock, limit):
 def test_a_stop_finishes_what_is_under_way_commits_and_closes(sinks, clock, lines):
     sink, topic, _uploads = sinks(500, takes=lambda record: 1)
     stepping(sink, clock, 0.5)
-    taken = sink.under_way()
+    taken = sink.in_hand()
     run(sink, stopping())
     assert topic.group == {TP: taken} and sink.consumer.closed
     assert lines()[-1] == f"written {taken}, dead-lettered 0"
@@ -1027,7 +1027,7 @@ def test_a_topic_that_is_gone_is_said(sinks, clock, lines):
     sink, topic, _uploads = sinks(10)
     stepping(sink, clock, 1)
     topic.mute = {TP}
-    topic.seen = lambda asked_at: Look(asked_at, {}, {}, {}, {})
+    topic.seen = lambda asked_at: TopicState(asked_at, {}, {}, {}, {})
     stepping(sink, clock, 5)
     assert any("topic test does not exist any more" in line for line in lines())
 

@@ -469,7 +469,7 @@ def simulate_a_limit(seed):
     world.share = world.chance.choice([0, 0.1, 0.5])
     while sink.stats.done < limit and world.clock() < until:
         world.step()
-        assert sink.stats.done + sink.under_way() <= limit
+        assert sink.stats.done + sink.in_hand() <= limit
     world.stop(sink)
     records = sum(
         (tp.partition, offset) not in world.broker.markers
