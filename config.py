@@ -699,6 +699,28 @@ def track_topic(consumer: KafkaConsumer, topic: str) -> None:
         consumer._client.cluster.set_topics([topic])
 
 
+def avoid_nodes(consumer: KafkaConsumer, silent: Callable[[], Any]) -> None:
+    """Ask brokers that are not among `silent()` for metadata and for the group's coordinator.
+
+    kafka-python-ng may ask a broker that is mute again and again, for a whole
+    KAFKA_REQUEST_TIMEOUT_MS each time, and fetches nothing from the others meanwhile.
+    """
+    if not KafkaClient:
+        return
+    client = consumer._client
+    least_loaded_node = client.least_loaded_node
+
+    def answering_node() -> Any:
+        avoided = silent()
+        if avoided:
+            for broker in client.cluster.brokers():
+                if broker.nodeId not in avoided and client.is_ready(broker.nodeId, False):
+                    return broker.nodeId
+        return least_loaded_node()
+
+    client.least_loaded_node = answering_node
+
+
 def commit_once(consumer: KafkaConsumer, positions: dict[TopicPartition, Any]) -> None:
     """Commit, and wait for the acknowledgement for 3 s at most.
 

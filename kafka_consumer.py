@@ -554,6 +554,7 @@ class TopicState:
     ends: dict[TopicPartition, int]
     problems: dict[TopicPartition, str]
     committed: dict[TopicPartition, Any]  # the group's positions: offset and metadata
+    silent: frozenset[int] = frozenset()  # brokers that did not answer
 
 
 def fetch_topic_state(
@@ -567,6 +568,7 @@ def fetch_topic_state(
     begins: dict[TopicPartition, int] = {}
     ends: dict[TopicPartition, int] = {}
     problems: dict[TopicPartition, str] = {}
+    silent = set()
     config.track_topic(client, topic)
     tps = [TopicPartition(topic, p) for p in sorted(client.partitions_for_topic(topic) or ())]
     leader = client._client.cluster.leader_for_partition
@@ -577,15 +579,16 @@ def fetch_topic_state(
             begins |= client.beginning_offsets(led)
             heard()
         except (KafkaError, KeyError) as error:  # KeyError: the topic was deleted just now
-            problems |= dict.fromkeys(led, _silent(client._client.cluster, node, error))
+            silent.add(node)
+            problems |= dict.fromkeys(led, _describe_silence(client._client.cluster, node, error))
     if problems and not ends:
         raise kafka_errors.KafkaTimeoutError
     committed = client._coordinator.fetch_committed_offsets(tps)
     heard()
-    return TopicState(asked_at, begins, ends, problems, committed)
+    return TopicState(asked_at, begins, ends, problems, committed, frozenset(silent))
 
 
-def _silent(cluster: Any, node: int | None, error: Exception) -> str:
+def _describe_silence(cluster: Any, node: int | None, error: Exception) -> str:
     broker = cluster.broker_metadata(node)
     if broker is None:
         return "it has no leader now"
@@ -1378,6 +1381,7 @@ def consume(settings: Settings, bucket: Bucket, stop: config.Stop, limit: float)
     cluster.add_listener(sink.on_metadata)
     consumer.subscribe([settings.kafka_topic], listener=sink)
     sink.monitor = Monitor(sink, topic_state_fetcher(settings), sink.clock)
+    config.avoid_nodes(consumer, lambda: sink.monitor.latest and sink.monitor.latest.silent)
     threading.Thread(target=sink.monitor.run, name="monitor", daemon=True).start()
     try:
         run(sink, stop)
