@@ -38,7 +38,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import md5
-from itertools import chain
+from itertools import chain, zip_longest
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -66,6 +66,7 @@ log = logging.getLogger(__name__)
 
 WINDOW = 256  # records taken and not committed, at most: what a kill -9 makes us send again
 BYTES_IN_HAND = 32 * 2**20  # above this no more is taken; one record at least
+BYTES_UNDER_WAY = 8 * 2**20  # of uploads; more would share a slow link until each seems silent
 POLL_ROOM = 64  # room in the window from which a poll is worth its price
 COMMIT_EVERY = 0.1  # s
 TIMEOUT = 3.0  # s of silence after which an attempt has failed; trying again is always safe
@@ -208,9 +209,19 @@ class SignedHttp:
         self.http = aiohttp.ClientSession(connector=connector, timeout=timeout)
 
     async def send(
-        self, method: str, name: str, keys: Any, value: bytes, headers: Mapping[str, str]
+        self,
+        method: str,
+        name: str,
+        keys: Any,
+        value: bytes,
+        headers: Mapping[str, str],
+        pause: float = 0,
     ) -> Answer:
-        """Raises TimeoutError after TIMEOUT seconds in which no byte moved."""
+        """`pause`: seconds after each chunk. A server that refuses an object may hang up before it
+        has read all of it, and asyncio reads nothing more from a connection that it cannot write
+        to: the answer is only seen when it comes between two writes.
+
+        Raises TimeoutError after TIMEOUT seconds in which no byte moved."""
         url = self.address + quote(name, safe="/~")
         request = SimpleNamespace(
             method=method, url=url, params=None, headers=dict(headers), body=value, context={}
@@ -224,6 +235,8 @@ class SignedHttp:
                 for start in range(0, len(value), CHUNK):
                     yield value[start : start + CHUNK]
                     silence.reschedule(now() + TIMEOUT)
+                    if pause:
+                        await asyncio.sleep(pause)
 
             async with self.http.request(
                 method,
@@ -324,14 +337,20 @@ class Bucket:
         answer = await client.list_objects_v2(Bucket=self.name, Prefix=prefix, MaxKeys=3)
         return [entry["Key"] for entry in answer.get("Contents", [])]
 
-    async def request(self, method: str, name: str, value: bytes = b"", **headers: str) -> Answer:
-        return await self.http.send(method, name, await self.keys(), value, headers)
+    async def request(
+        self, method: str, name: str, value: bytes = b"", pause: float = 0, /, **headers: str
+    ) -> Answer:
+        return await self.http.send(method, name, await self.keys(), value, headers, pause)
 
-    async def put(self, name: str, value: bytes) -> Answer:
+    async def put(self, name: str, value: bytes, pause: float = 0) -> Answer:
         """PUT where there is no object. Content-MD5: buckets with Object Lock want it."""
         digest = b64encode(md5(value, usedforsecurity=False).digest()).decode()
-        headers = {"Content-Type": "application/json", "Content-MD5": digest}
-        return await self.request("PUT", name, value, **headers, **{"If-None-Match": "*"})
+        headers = {
+            "Content-Type": "application/json",
+            "Content-MD5": digest,
+            "If-None-Match": "*",
+        }
+        return await self.request("PUT", name, value, pause, **headers)
 
     async def create(self, name: str, value: bytes, check_first: bool = False) -> str:
         """Make the object: "written", or "replayed" when it was there with the same bytes (a
@@ -340,9 +359,21 @@ class Bucket:
         Raises Conflict for other bytes, Failure for a server that ignores the condition, and
         S3Error, or what the connection raises, for what may pass.
         """
-        if check_first and self.honours_condition and await self.has(name, value):
-            return "replayed"
-        answer = await self.put(name, value)
+        if check_first and await self.has(name, value):
+            outcome = "replayed"
+        else:
+            outcome = await self.make(name, value)
+        if not self.honours_condition:  # the first of this run, and it is made alone
+            await self.check_condition(name, value)
+        return outcome
+
+    async def make(self, name: str, value: bytes) -> str:
+        try:
+            answer = await self.put(name, value)
+        except aiohttp.ClientOSError:  # refused while it was sent, perhaps: it is there
+            if await self.has(name, value):
+                return "replayed"
+            raise
         if answer.refused_condition():
             self.honours_condition = True
             if await self.has(name, value):
@@ -355,13 +386,11 @@ class Bucket:
         proven = answer.has_md5(value) or answer.uses_keys()
         if not proven and not await self.has(name, value):
             raise S3Error("NoSuchKey", "the object was said to be made, and was not")
-        if not self.honours_condition:  # the first of this run, and it is made alone
-            await self.check_condition(name, value)
         return "written"
 
     async def check_condition(self, name: str, value: bytes) -> None:
         """The same PUT once more has to be refused. Raises Failure when it is not."""
-        again = await self.put(name, value)
+        again = await self.put(name, value, pause=0.005)
         if again.status == 200 and again.etag():
             raise Failure(self.is_unsafe("ignores If-None-Match"))
         if not again.refused_condition():
@@ -426,6 +455,9 @@ class Taken:
     failed_since: float = 0.0
     retry_at: float = 0.0
     pause: float = 0.05  # s, before the next attempt
+
+    def size(self) -> int:
+        return len(self.record.value or b"")
 
     def is_under_way(self) -> bool:
         return self.attempt is not None and not self.attempt.done()
@@ -822,7 +854,7 @@ class Sink(ConsumerRebalanceListener):
         """How many records may be taken."""
         alone = len(self.partitions) == 1
         in_hand = sum(
-            len(taken.record.value or b"")
+            taken.size()
             for partition in self.partitions.values()
             for taken in partition.line
             if alone or taken is not partition.hold  # which keeps no other waiting, however large
@@ -940,16 +972,21 @@ class Sink(ConsumerRebalanceListener):
         now = self.clock()
         holds = [p.hold for p in self.partitions.values() if p.hold]
         due = [t for t in holds if t.attempt is None and now >= t.retry_at]
-        batch = sorted(due, key=lambda taken: taken.retry_at)
-        for partition in self.partitions.values():
-            if not partition.hold:
-                batch += [taken for taken in partition.line if taken.attempt is None]
-        if batch and self.max_attempts < WINDOW:
-            lines = chain.from_iterable(partition.line for partition in self.partitions.values())
-            under_way = sum(taken.is_under_way() for taken in lines)
-            batch = batch[: max(0, self.max_attempts - under_way)]
-        if batch:
-            self.uploader.start(batch)
+        waiting = sorted(due, key=lambda taken: taken.retry_at)
+        lines = [p.line for p in self.partitions.values() if not p.hold]
+        for turn in zip_longest(*lines):  # each partition in turn
+            waiting += [taken for taken in turn if taken and taken.attempt is None]
+        if not waiting:
+            return
+        in_hand = chain.from_iterable(partition.line for partition in self.partitions.values())
+        under_way = [taken for taken in in_hand if taken.is_under_way()]
+        size = sum(taken.size() for taken in under_way)
+        batch = []
+        for taken in waiting[: max(0, self.max_attempts - len(under_way))]:
+            if size < BYTES_UNDER_WAY:
+                size += taken.size()
+                batch.append(taken)
+        self.uploader.start(batch)
 
     def commit(self, *, now: bool = False) -> None:
         """Commit what is done, every COMMIT_EVERY seconds or POLL_ROOM records."""

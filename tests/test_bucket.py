@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from hashlib import md5
 from types import SimpleNamespace
 
+import aiohttp
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError
 from kafka.errors import KafkaTimeoutError, MessageSizeTooLargeError
@@ -47,7 +48,7 @@ class Answering(Bucket):
         super().__init__(some_settings())
         self.answers, self.asked, self.honours_condition = list(answers), [], honours
 
-    async def request(self, method, name, value=b"", **headers):
+    async def request(self, method, name, value=b"", pause=0, **headers):
         self.asked.append((method, name, value, headers))
         answer = self.answers.pop(0)
         if isinstance(answer, Exception):
@@ -218,11 +219,22 @@ def test_after_silence_it_is_asked_first_whether_the_object_is_there(loop):
     assert bucket.methods() == ["HEAD", "PUT"]
 
 
-def test_before_the_condition_is_proven_an_object_that_is_there_proves_it(loop):
-    bucket = Answering(REFUSED, there(), honours=False)
+def test_an_object_that_is_there_does_not_prove_the_condition(loop):
+    bucket = Answering(there(), REFUSED, honours=False)
     assert loop.run_until_complete(bucket.create("n", b"v", check_first=True)) == "replayed"
-    assert bucket.methods() == ["PUT", "HEAD"]
+    assert bucket.methods() == ["HEAD", "PUT"]
     assert bucket.honours_condition
+
+
+def test_an_upload_that_is_cut_off_because_the_object_is_there_is_a_replay(loop):
+    """A server may refuse it before it has read all of it, and its answer is lost then."""
+    cut = aiohttp.ClientOSError("Can not write request body")
+    bucket = Answering(cut, there())
+    assert loop.run_until_complete(bucket.create("n", b"v")) == "replayed"
+    assert bucket.methods() == ["PUT", "HEAD"]
+    bucket = Answering(cut, MISSING)
+    with pytest.raises(aiohttp.ClientOSError):
+        loop.run_until_complete(bucket.create("n", b"v"))
 
 
 # ----------------------------------------------------------------------------------- one request

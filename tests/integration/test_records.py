@@ -51,6 +51,17 @@ def spoil(kafka, topic: str, at: bytes, instead: bytes) -> None:
 # ----------------------------------------------------------------------------- large records
 
 
+def test_large_records_are_replayed_without_a_hold(run, env, kafka, topic):
+    """The server refuses what is there before it has read all of it, and hangs up."""
+    send(kafka.bootstrap, topic, [b'{"n": "' + b"x" * 900_000 + b'"}'] * 12)
+    for group in ("first", "second"):
+        settings = {**env, "KAFKA_GROUP_ID": f"{topic}-{group}"}
+        script = run("kafka_consumer.py", "--max-messages", "12", env=settings)
+        assert script.wait(timeout=60) == 0
+        assert len(re.findall("Upload Successfully", script.stdout)) == 12
+        assert "holding" not in script.stderr
+
+
 @pytest.mark.parametrize(
     ("size", "count"),
     [
