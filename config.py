@@ -16,20 +16,19 @@ from importlib.util import find_spec
 
 def _installation_problem() -> str:
     """Why the scripts cannot run with what is installed, and what to do; "" when they can."""
-    install = f"{sys.executable} -m pip install -r requirements.txt"
     if sys.version_info < (3, 11):  # noqa: UP036
         return f"Python 3.11 or newer is needed, and this is {sys.version.split()[0]}"
+    install = f"{sys.executable} -m pip install -r requirements.txt"
     missing = [name for name in ("dotenv", "kafka", "pandas", "s3fs") if not find_spec(name)]
     if missing:
         return f"packages are missing ({', '.join(missing)}): {install}"
-    clients = {}
+    clients = []
     for name in ("kafka-python", "kafka-python-ng"):  # both are imported as kafka
         with suppress(metadata.PackageNotFoundError):
-            clients[name] = metadata.version(name)
-    if len(clients) > 1 or clients.get("kafka-python", "3") < "3":
-        there = " and ".join(f"{name} {version}" for name, version in clients.items())
+            clients.append(f"{name} {metadata.version(name)}")
+    if len(clients) > 1 or any(client < "kafka-python 3" for client in clients):
         remove = f"{sys.executable} -m pip uninstall -y kafka-python kafka-python-ng"
-        return f"{there} cannot be used, or not together: {remove}; {install}"
+        return f"{' and '.join(clients)} cannot be used, or not together: {remove}; {install}"
     return ""
 
 
@@ -41,7 +40,6 @@ import argparse
 import codecs
 import difflib
 import io
-import ipaddress
 import itertools
 import json
 import logging
@@ -90,16 +88,10 @@ class Failure(Exception):
 
 # --------------------------------------------------------------------------------------- errors
 
-RENEW = "check or renew the AWS credentials"
 CREDENTIALS = {
-    "CredentialsTimeout",
-    "CredentialRetrievalError",
-    "ExpiredToken",
-    "InvalidAccessKeyId",
-    "InvalidToken",
-    "NoCredentialsError",
-    "SignatureDoesNotMatch",
-    "TokenRefreshRequired",
+    *("CredentialsTimeout", "CredentialRetrievalError", "NoCredentialsError"),  # there are none
+    *("ExpiredToken", "TokenRefreshRequired"),
+    *("InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch"),
 }
 NOT_S3 = "that is no answer of S3: is S3_ENDPOINT_URL right, is a proxy in between?"
 HINTS = {
@@ -111,7 +103,7 @@ HINTS = {
     "RequestTimeTooSkewed": "set this machine's clock",
     "ResponseParserError": NOT_S3,
     "InvalidObjectState": "it is in an archive (Glacier): restore it, or change S3_PREFIX",
-    **dict.fromkeys(CREDENTIALS, RENEW),
+    **dict.fromkeys(CREDENTIALS, "check or renew the AWS credentials"),
 }
 
 
@@ -133,12 +125,11 @@ def explain(error: BaseException) -> str:
     message = _s3_error(error).get("Message", str(error))
     if isinstance(error, TimeoutError):
         message = "no answer in time"
-    # A status in the place of a code: the answer had no error of S3 in it.
     message = message.removeprefix(f"{code}: ")  # as the Kafka client's errors begin
+    # A status in the place of a code: the answer had no error of S3 in it.
     hint = NOT_S3 if code.isdecimal() else HINTS.get(code)
-    if hint:
-        message = f"{message} ({hint})"
-    return " ".join(f"{code}: {message}".split())
+    text = f"{code}: {message} ({hint})" if hint else f"{code}: {message}"
+    return " ".join(text.split())
 
 
 # ------------------------------------------------------------------------------------- settings
@@ -148,26 +139,25 @@ def _setting(default: str, parse: Callable[[str], Any] = str, *, secret: bool = 
     return field(metadata={"default": default, "parse": parse}, repr=not secret)
 
 
-def _number(low: float, high: float, kind: type = int) -> Callable[[str], Any]:
+def _matching(pattern: str, must: str, convert: Callable[[str], Any] = str) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
-        try:
-            number = kind(text)
-        except ValueError:
-            number = math.nan
-        if not low <= number <= high or number == math.inf:
-            whole = "a whole number" if kind is int else "a number"
-            upper = "" if high == math.inf else f" and at most {high}"
-            raise ValueError(f"must be {whole}, at least {low}{upper}")
-        return number
+        if not re.fullmatch(pattern, text):
+            raise ValueError(must)
+        return convert(text)
 
     return parse
 
 
-def _seed(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError("must be a whole number, or empty: another sequence each time") from None
+def _number(low: int, high: int, kind: type = int) -> Callable[[str], Any]:
+    words = "a whole number" if kind is int else "a number"
+
+    def parse(text: str) -> Any:
+        with suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        raise ValueError(f"must be {words}, at least {low} and at most {high}")
+
+    return parse
 
 
 def _optional(parse: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -186,47 +176,22 @@ def _choice(*allowed: str) -> Callable[[str], str]:
     return parse
 
 
-def _matching(pattern: str, otherwise: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if not re.fullmatch(pattern, text):
-            raise ValueError(otherwise)
-        return text
-
-    return parse
+# Hosts are ASCII, as for Kafka's own client: org.apache.kafka.common.utils.Utils.
+_SERVER = r"(([A-Za-z0-9_-]{1,63}\.)*[A-Za-z0-9_-]{1,63}\.?|\[[^\[\]@/]+\]):[0-9]{1,5}"
 
 
 def _servers(text: str) -> tuple[str, ...]:
     servers = tuple(server.strip() for server in text.split(","))
-    try:
-        for server in servers:
-            host, _, port = server.rpartition(":")
-            if not re.fullmatch(r"\[.+\]|[^\s:/@]+", host) or not re.fullmatch(r"[0-9]{1,5}", port):
-                raise ValueError
-            if host.startswith("["):
-                ipaddress.IPv6Address(host[1:-1])
-            host.encode("idna")
-            _number(1, 65535)(port)
-    except ValueError:
-        what = "must be host:port, the port at most 65535, several with commas between"
-        raise ValueError(f"{what} (localhost:9092)") from None
+    for server in servers:
+        # urlsplit refuses an IPv6 address that is none, and a port above 65535.
+        if not re.fullmatch(_SERVER, server) or not urlsplit(f"//{server}").port:
+            raise ValueError("must be host:port, several with commas between (localhost:9092)")
     return servers
 
 
-def _version(text: str) -> tuple[int, ...]:
-    wrong = "must be a version such as 2.8.1, 0.11 at least, or empty: negotiate"
-    version = tuple(map(int, _matching(r"\d+\.\d+(\.\d+)?", wrong)(text).split(".")))
-    if version < (0, 11):  # it has no headers, which a dead letter needs
-        raise ValueError(wrong)
-    return version
-
-
 def _url(text: str) -> str:
-    try:
-        parts = urlsplit(text)
-        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        good = False
-    if not good:
+    url = urlsplit(text)
+    if url.scheme not in ("http", "https") or not url.hostname or url.port == 0:
         raise ValueError("must be an address such as http://localhost:9000, or empty: AWS")
     return text
 
@@ -237,6 +202,19 @@ def _path(text: str) -> Path:
     return HERE / os.path.expanduser(text)
 
 
+def _prefix(text: str) -> str:
+    if not re.fullmatch(r"(?!/)(?!.*//)(?!(.*/)?\.{1,2}/)[^\x00-\x1f\x7f\\]*", text):
+        raise ValueError("must not begin with / or hold //, ./, ../, \\ or control characters")
+    if len(text.encode()) > 900:  # S3 takes names of 1,024 bytes, and ours have up to 58 more
+        raise ValueError(f"must have at most 900 bytes, and has {len(text.encode())}")
+    return text
+
+
+_version = _matching(
+    r"(0\.11|[1-9][0-9]?\.[0-9]{1,3})(\.[0-9]{1,3})?",  # before 0.11 there were no headers
+    "must be a version such as 2.8.1, 0.11 at least, or empty: negotiate",
+    lambda text: tuple(map(int, text.split("."))),
+)
 # Kafka's rule for topic names: org.apache.kafka.common.internals.Topic.
 _topic = _matching(
     r"(?!\.{1,2}$)[a-zA-Z0-9._-]{1,249}",
@@ -247,16 +225,7 @@ _bucket = _matching(
     r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]",
     "must be the bucket's name alone, without s3:// and without a path (see S3_PREFIX)",
 )
-
-
-def _prefix(text: str) -> str:
-    if not re.fullmatch(r"(?!/)(?!.*//)(?!(.*/)?\.{1,2}/)[^\x00-\x1f\x7f\\]*", text):
-        raise ValueError(
-            "must not begin with / or hold //, ./, ../, a backslash or control characters"
-        )
-    if len(text.encode()) > 900:  # S3 takes names of 1,024 bytes, and ours have up to 58 more
-        raise ValueError(f"must have at most 900 bytes, and has {len(text.encode())}")
-    return text
+_seed = _matching("-?[0-9]{1,99}", "must be a whole number, or empty: another each time", int)
 
 
 @dataclass(frozen=True)
@@ -280,7 +249,7 @@ class Settings:
     kafka_key_column: str = _setting("")
     kafka_compression_type: str = _setting("", _choice("", "gzip", "snappy", "lz4", "zstd"))
     csv_path: Path = _setting("indexProcessed.csv", _path)  # noqa: RUF009 (Path is no default)
-    messages_per_second: float = _setting("1", _number(0, math.inf, float))
+    messages_per_second: float = _setting("1", _number(0, 10**9, float))
     random_seed: int | None = _setting("", _optional(_seed))
     s3_bucket: str = _setting("", _optional(_bucket))
     s3_prefix: str = _setting("", _prefix)
@@ -302,8 +271,7 @@ class Settings:
         values: dict[str, Any] = {}
         problems = []
         for each in fields(cls):
-            name = each.name.upper()
-            default = each.metadata["default"]
+            name, default = each.name.upper(), each.metadata["default"]
             text = environ.get(name, default)
             try:
                 text.encode()
@@ -312,7 +280,7 @@ class Settings:
                 problems.append(f"{name}: must be UTF-8")
             except ValueError as error:
                 instead = f"; leave it out for {default}" if default and not text else ""
-                problems.append(f"{name}={text!r}: {error}{instead}")
+                problems.append(f"{name}={text!r}: {printable(str(error))}{instead}")
         problems += [*_kafka_problems(values), *_other_problems(values)]
         problems += filter(None, [check(values) for check in checks])
         if problems:
@@ -424,7 +392,7 @@ def _line_problems(line: Binding) -> Iterator[str]:
 def positive(text: str) -> int:
     """A count for argparse: a whole number, at least 1."""
     try:
-        return int(_number(1, math.inf)(text))
+        return int(_number(1, 2**63)(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
 
