@@ -37,7 +37,6 @@ if problem := _installation_problem():  # before the imports that it is about
     sys.exit(2)
 
 import argparse
-import codecs
 import difflib
 import io
 import itertools
@@ -177,7 +176,7 @@ def _choice(*allowed: str) -> Callable[[str], str]:
 
 
 # Hosts are ASCII, as for Kafka's own client: org.apache.kafka.common.utils.Utils.
-_SERVER = r"(([A-Za-z0-9_-]{1,63}\.)*[A-Za-z0-9_-]{1,63}\.?|\[[^\[\]@/]+\]):[0-9]{1,5}"
+_SERVER = r"(([A-Za-z0-9_-]{1,63}\.)*[A-Za-z0-9_-]{1,63}\.?|\[[0-9A-Fa-f:.]+(%\w+)?\]):[0-9]{1,5}"
 
 
 def _servers(text: str) -> tuple[str, ...]:
@@ -225,7 +224,7 @@ _bucket = _matching(
     r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]",
     "must be the bucket's name alone, without s3:// and without a path (see S3_PREFIX)",
 )
-_seed = _matching("-?[0-9]{1,99}", "must be a whole number, or empty: another each time", int)
+_seed = _matching("-?[0-9]{1,99}", "must be a whole number, or empty: other rows each time", int)
 
 
 @dataclass(frozen=True)
@@ -337,15 +336,10 @@ def environment(flags: Mapping[str, str | None], dotenv: Path = HERE / ".env") -
     """
     if dotenv.exists():
         lines = [line for line in parse_stream(_open_text(dotenv)) if line.key or line.error]
-        problems = [
-            f"{dotenv}, line {_line_number(line)}: {problem}"
-            for line in lines
-            for problem in _line_problems(line)
-        ]
-        if problems:
+        if problems := [f"{dotenv}, {text}" for line in lines for text in _line_problems(line)]:
             raise SettingsError(*problems)
-        for name, value in {line.key: line.value for line in lines}.items():  # the last one counts
-            os.environ.setdefault(str(name), str(value))
+        found = {str(line.key): str(line.value) for line in lines}  # the last one counts
+        os.environ.update({**found, **os.environ})
     elif dotenv.with_name(".env.txt").exists():
         log.warning("%s is not read: rename it to .env", dotenv.with_name(".env.txt"))
     return {**os.environ, **{name: text for name, text in flags.items() if text is not None}}
@@ -355,7 +349,7 @@ def _open_text(path: Path) -> io.StringIO:
     """A file in UTF-8, or in UTF-16 with its byte order mark, as PowerShell writes it."""
     try:
         content = path.read_bytes()
-        utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
         return io.StringIO(content.decode("utf-16" if utf16 else "utf-8-sig"))
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
@@ -365,26 +359,23 @@ def _open_text(path: Path) -> io.StringIO:
     raise SettingsError(f"{path} cannot be read: {problem}")
 
 
-def _line_number(line: Binding) -> int:
-    """Where a line's name stands; for the parser the blank lines before it are its own."""
-    text = line.original.string
-    return line.original.line + text[: len(text) - len(text.lstrip())].count("\n")
-
-
 def _line_problems(line: Binding) -> Iterator[str]:
     """What is wrong with a line of `.env`, without its value, which may be a secret."""
-    name, value = line.key or "", line.value
+    name, value, text = line.key or "", line.value, line.original.string
+    # For the parser the blank lines before a line are its own.
+    number = line.original.line + text[: len(text) - len(text.lstrip())].count("\n")
+    where = f"line {number}: {name}"
     settings = [each.name.upper() for each in fields(Settings)]
     ours = name.upper().startswith(("KAFKA_", "S3_"))
     close = difflib.get_close_matches(name.upper(), settings, 1, 0.78 if ours else 0.9)
     if line.error or value is None or "\0" in value:
-        yield "must be NAME=value"
-    elif set(re.findall(r"[\x00-\x1f]", value)) - set(line.original.string.strip()):
-        yield f"{name}: in double quotes a backslash makes a control character; use single quotes"
+        yield f"line {number}: must be NAME=value"
+    elif set(re.findall(r"[\x00-\x1f]", value)) - set(text.strip()):
+        yield f"{where}: in double quotes a backslash makes a control character; use single quotes"
     elif re.match("[\u2018-\u201f]", value):
-        yield f"{name}: has typographic quotes; use straight ones, or none"
+        yield f"{where}: has typographic quotes; use straight ones, or none"
     elif close and name != close[0] and not name.startswith("AWS_"):
-        yield f"{name} is no setting; did you mean {close[0]}?"
+        yield f"{where} is no setting; did you mean {close[0]}?"
     elif ours and not close:
         log.warning("%s names no setting, and is not read", name)
 
@@ -434,15 +425,16 @@ class _Json(logging.Formatter):
 
 def _is_journal(stream: Any) -> bool:
     """Whether systemd's journal reads the stream; sd-daemon(3) has its rules."""
-    try:
+    with suppress(OSError, ValueError):
         status = os.fstat(stream.fileno())
-    except (OSError, ValueError):
-        return False
-    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+        return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+    return False
 
 
 class _Stream(logging.StreamHandler):
     """A stream that outlives its reader. On a terminal the status is rewritten in place."""
+
+    terminator = ""  # `format` ends the line, or leaves it open
 
     def __init__(self, stream: Any, formatter: logging.Formatter) -> None:
         stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8
@@ -452,22 +444,18 @@ class _Stream(logging.StreamHandler):
         self.in_place = isinstance(formatter, _Text) and stream.isatty() and not dumb
         self.is_journal = _is_journal(stream)
 
-    def emit(self, record: logging.LogRecord) -> None:
-        is_status = self.in_place and getattr(record, "status", False)
-        self.terminator = "" if is_status else "\n"
-        super().emit(record)
-
     def format(self, record: logging.LogRecord) -> str:
         line = super().format(record)
-        if self.is_journal:  # which takes the priority from here
-            severe = 3 if record.levelno >= logging.ERROR else 4
-            return f"<{severe if record.levelno >= logging.WARNING else 6}>{line}"
-        if not self.in_place:
-            return line
-        if getattr(record, "status", False):
+        if self.in_place and hasattr(record, "status"):
             # The time would push the end of the line off a narrow terminal.
-            line = record.message[: os.get_terminal_size(self.stream.fileno()).columns - 1]
-        return "\r\x1b[K" + line
+            width = os.get_terminal_size(self.stream.fileno()).columns
+            return f"\r\x1b[K{record.message[: width - 1]}"
+        if self.in_place:
+            return f"\r\x1b[K{line}\n"
+        if self.is_journal:  # which takes the priority, syslog's, from here
+            priority = {logging.ERROR: 3, logging.WARNING: 4}.get(record.levelno, 6)
+            return f"<{priority}>{line}\n"
+        return f"{line}\n"
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
