@@ -9,7 +9,7 @@ consumer would otherwise both have to say.
 from __future__ import annotations
 
 import sys
-from contextlib import suppress
+from contextlib import closing, suppress
 from importlib import metadata
 from importlib.util import find_spec
 
@@ -39,11 +39,11 @@ if problem := _installation_problem():  # before the imports that it is about
 import argparse
 import difflib
 import io
-import itertools
 import json
 import logging
 import math
 import os
+import random
 import re
 import signal
 import socket
@@ -58,9 +58,10 @@ from urllib.parse import urlsplit
 
 from dotenv.parser import Binding, parse_stream
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition, codec
+from kafka.consumer import fetcher, group
 from kafka.errors import KafkaError, KafkaTimeoutError, UnsupportedCodecError
 from kafka.record import memory_records
-from kafka.record.default_records import DefaultRecord, DefaultRecordBatch
+from kafka.record.default_records import DefaultRecordBatch
 
 _CODECS = {"snappy": "python-snappy", "lz4": "lz4", "zstd": "zstandard"}  # name: package
 HERE = Path(__file__).resolve().parent
@@ -338,8 +339,8 @@ def environment(flags: Mapping[str, str | None], dotenv: Path = HERE / ".env") -
         lines = [line for line in parse_stream(_open_text(dotenv)) if line.key or line.error]
         if problems := [f"{dotenv}, {text}" for line in lines for text in _line_problems(line)]:
             raise SettingsError(*problems)
-        found = {str(line.key): str(line.value) for line in lines}  # the last one counts
-        os.environ.update({**found, **os.environ})
+        for name, value in {line.key: line.value for line in lines}.items():  # the last one counts
+            os.environ.setdefault(str(name), str(value))
     elif dotenv.with_name(".env.txt").exists():
         log.warning("%s is not read: rename it to .env", dotenv.with_name(".env.txt"))
     return {**os.environ, **{name: text for name, text in flags.items() if text is not None}}
@@ -564,9 +565,10 @@ def make_producer(settings: Settings, **options: Any) -> KafkaProducer:
     A request is lost after KAFKA_REQUEST_TIMEOUT_MS and sent again; but a record that waits for
     its turn must not expire with it, as it does where one number says both.
     """
-    return KafkaProducer(
+    producer = KafkaProducer(
         **settings.kafka(),
-        **_producer_timeouts(settings.kafka_request_timeout_ms),
+        **_NO_EXPIRY,
+        request_timeout_ms=settings.kafka_request_timeout_ms,
         acks="all",
         retries=_FOREVER,
         max_in_flight_requests_per_connection=1,
@@ -575,6 +577,9 @@ def make_producer(settings: Settings, **options: Any) -> KafkaProducer:
         compression_type=settings.kafka_compression_type or None,
         **options,
     )
+    if KafkaClient:
+        producer._sender.config["request_timeout_ms"] = _FOREVER
+    return producer
 
 
 def make_consumer(settings: Settings, **options: Any) -> KafkaConsumer:
@@ -582,16 +587,13 @@ def make_consumer(settings: Settings, **options: Any) -> KafkaConsumer:
 
     Its polls may raise Unreadable.
     """
-    consumer = KafkaConsumer(
+    return KafkaConsumer(
         **settings.kafka(),
         **_ONLY_COMMITTED,
         group_id=settings.kafka_group_id,
         enable_auto_commit=False,
         **{"auto_offset_reset": "none", **options},
     )
-    if KafkaClient:
-        _harden(consumer._fetcher)
-    return consumer
 
 
 def position(consumer: KafkaConsumer, tp: TopicPartition) -> int:
@@ -625,26 +627,15 @@ try:
     from kafka import KafkaClient
     from kafka.consumer.fetcher import NoOffsetForPartitionError
 
-    _ONLY_COMMITTED: dict[str, str] = {}
+    _ONLY_COMMITTED: dict[str, Any] = {}
+    _NO_EXPIRY: dict[str, Any] = {}
 except ImportError:
     from kafka.errors import NoOffsetForPartitionError  # noqa: F401
 
     KafkaClient = None
     _ONLY_COMMITTED = {"isolation_level": "read_committed"}
-
-
-def _producer_timeouts(request_timeout_ms: int) -> dict[str, Any]:
-    if not KafkaClient:
-        return {
-            "request_timeout_ms": request_timeout_ms,
-            "delivery_timeout_ms": _FOREVER,
-            "enable_idempotence": False,  # with it, one refused record ends the client
-        }
-
-    def client(**options: Any) -> Any:
-        return KafkaClient(**{**options, "request_timeout_ms": request_timeout_ms})
-
-    return {"request_timeout_ms": _FOREVER, "kafka_client": client}
+    # With idempotence, one refused record ends the client.
+    _NO_EXPIRY = {"delivery_timeout_ms": _FOREVER, "enable_idempotence": False}
 
 
 def track_topic(consumer: KafkaConsumer, topic: str) -> None:
@@ -691,10 +682,10 @@ def commit_once(consumer: KafkaConsumer, positions: dict[TopicPartition, Any]) -
         raise KafkaTimeoutError  # the next poll looks for it
     answer = consumer.commit_async(positions)
     deadline = time.monotonic() + 3
-    while not answer.is_done and time.monotonic() < deadline:
+    while not answer.is_done:
+        if time.monotonic() > deadline:
+            raise KafkaTimeoutError
         consumer._client.poll(timeout_ms=20)
-    if not answer.is_done:
-        raise KafkaTimeoutError
     if answer.failed():
         raise answer.exception
 
@@ -718,42 +709,27 @@ class _Batch(DefaultRecordBatch):
 
     __slots__ = ()
 
-    def __iter__(self) -> Iterator[Any]:
-        delivered = super().__iter__()
-        if not self.is_control_batch:
-            return delivered
-        # `delivered` is this batch: map() alone would ask it for its iterator, without an end.
-        return map(_as_marker, iter(delivered.__next__, None))
-
     def _read_msg(self, *args: Any) -> Any:
         try:
-            return super()._read_msg(*args)
+            record = super()._read_msg(*args)
         except UnicodeDecodeError:
             self._buffer = _AnyHeader(self._buffer)  # type: ignore[misc, has-type]
-            return super()._read_msg(*args)
+            record = super()._read_msg(*args)
+        if self.is_control_batch:
+            record._key = TransactionMarker(record.key or b"")
+        return record
 
 
-def _as_marker(record: Any) -> Any:
-    times = record.timestamp, record.timestamp_type
-    key = TransactionMarker(record.key or b"")
-    return DefaultRecord(record.offset, *times, key, record.value, record.headers)
+class _Fetcher(fetcher.Fetcher):
+    """Names the record that it cannot read, after those in front of it, and begins each request
+    with another partition: a broker sends a record larger than max_partition_fetch_bytes for the
+    first partition of a request only."""
 
-
-memory_records.DefaultRecordBatch = _Batch
-
-
-def _harden(fetcher: Any) -> None:
-    """Make kafka-python-ng's fetcher name the record that it cannot read, after those in front
-    of it, and begin each request with another partition: a broker sends a record larger than
-    max_partition_fetch_bytes for the first partition of a request only."""
-    unpack, fetchable = fetcher._unpack_message_set, fetcher._fetchable_partitions
-    turns = itertools.count()
-
-    def readable(tp: TopicPartition, batches: Any) -> Iterator[Any]:
-        state = fetcher._subscriptions.assignment[tp]
+    def _unpack_message_set(self, tp: TopicPartition, records: Any) -> Iterator[Any]:
+        state = self._subscriptions.assignment[tp]
         last = None
         try:
-            for record in unpack(tp, batches):
+            for record in super()._unpack_message_set(tp, records):
                 if record.offset >= state.position:
                     last = record.offset
                 yield record
@@ -762,15 +738,10 @@ def _harden(fetcher: Any) -> None:
                 raise Unreadable(_unreadable(tp, state.position, error)) from error
             state.last_offset_from_message_batch = last  # what cannot be read comes first next time
 
-    def rotated() -> list[TopicPartition]:
-        partitions = sorted(fetchable())
-        first = next(turns) % max(1, len(partitions))
-        return partitions[first:] + partitions[:first]
-
-    fetcher._unpack_message_set, fetcher._fetchable_partitions = readable, rotated
-
-
-# ------------------------------------------------------------------------- checks at the start
+    def _fetchable_partitions(self) -> list[TopicPartition]:
+        partitions = list(super()._fetchable_partitions())
+        random.shuffle(partitions)
+        return partitions
 
 
 def _unreadable(tp: TopicPartition, offset: int, error: Exception) -> str:
@@ -783,6 +754,13 @@ def _unreadable(tp: TopicPartition, offset: int, error: Exception) -> str:
         f" without it: stop the group and kafka-consumer-groups.sh --reset-offsets --topic"
         f" {tp.topic}:{tp.partition} --to-offset {offset + 1} --execute"
     )
+
+
+memory_records.DefaultRecordBatch = _Batch
+if KafkaClient:
+    group.Fetcher = _Fetcher
+
+# ------------------------------------------------------------------------- checks at the start
 
 
 def background(call: Callable[..., Any], *args: Any) -> Future[Any]:
@@ -799,49 +777,38 @@ def background(call: Callable[..., Any], *args: Any) -> Future[Any]:
     return outcome
 
 
-def _unreachable(addresses: Iterable[tuple[str, int]]) -> dict[tuple[str, int], str]:
-    """Those at which nothing listens, and why; in 3 s, since all are tried at once."""
+def _unreachable(addresses: Iterable[str]) -> dict[str, str]:
+    """Those (host:port) at which nothing listens, and why; in 3 s, since all are tried at once."""
 
-    def reach(address: tuple[str, int]) -> str:
+    def reach(address: str) -> str:
+        host, _, port = address.rpartition(":")
         try:
-            socket.create_connection(address, 3).close()
+            socket.create_connection((host.strip("[]"), int(port)), 3).close()
         except OSError as error:
-            return f"{address[0]}:{address[1]}: {error.strerror or error}"
+            return f"{address}: {error.strerror or error}"
         return ""
 
     tried = {address: background(reach, address) for address in addresses}
     return {address: found.result() for address, found in tried.items() if found.result()}
 
 
-def _ask_metadata(settings: Settings) -> tuple[set[str], dict[tuple[str, int], list[str]]]:
-    """The topics, and the brokers (host, port) with the partitions of KAFKA_TOPIC that they lead.
-
-    Raises KafkaError, and LookupError without the topic or a broker that says who it is.
-    """
-    consumer = KafkaConsumer(**settings.kafka(), enable_auto_commit=False)
-    try:
+def _ask_metadata(settings: Settings) -> tuple[set[str], dict[str, list[str]]]:
+    """The topics, and the brokers (host:port) with the partitions of KAFKA_TOPIC that they lead;
+    no broker when none has said who it is."""
+    with closing(KafkaConsumer(**settings.kafka(), enable_auto_commit=False)) as consumer:
         topics = set(consumer.topics())
         cluster = consumer._client.cluster
-        brokers: dict[tuple[str, int], list[str]] = {}
+        brokers = {}
         for broker in cluster.brokers():
-            # kafka-python 3 keeps the bootstrap addresses apart, and calls the field node_id.
-            node = broker.nodeId if hasattr(broker, "nodeId") else broker.node_id
+            node = broker.nodeId if KafkaClient else broker.node_id
             if not str(node).startswith("bootstrap"):
                 led = sorted(cluster.partitions_for_broker(node) or ())
                 names = [f"{t}/{p}" for t, p in led if t == settings.kafka_topic]
-                brokers[broker.host, broker.port] = names
-        if not brokers:
-            raise LookupError("it hung up each time")
-        if settings.kafka_topic not in topics:
-            raise LookupError
+                brokers[f"{broker.host}:{broker.port}"] = names
         return topics, brokers
-    finally:
-        consumer.close()
 
 
-def _wait_for_topic(
-    settings: Settings, where: str
-) -> tuple[set[str], dict[tuple[str, int], list[str]]]:
+def _wait_for_topic(settings: Settings, where: str) -> tuple[set[str], dict[str, list[str]]]:
     """The metadata, with the topic in it. A broker that has just started does not answer at
     first, and then for about 2 s without its topics: it is asked again before that is said."""
     silent = (
@@ -849,25 +816,22 @@ def _wait_for_topic(
         f" KAFKA_SECURITY_PROTOCOL={settings.kafka_security_protocol} right, and are the user and"
         " password right?"
     )
+    missing = (
+        f"KAFKA_TOPIC={settings.kafka_topic}: the topic does not exist at {where}, or this user"
+        " may not see it; create it with kafka-topics.sh --create"
+    )
     began = time.monotonic()
     while True:
         try:
-            return background(_ask_metadata, settings).result(began + 9 - time.monotonic())
-        except TimeoutError:
-            raise Failure(f"{silent}{last_words}") from None
-        except LookupError as error:
-            problem = (
-                f"{silent}{last_words}"
-                if error.args
-                else (
-                    f"KAFKA_TOPIC={settings.kafka_topic}: the topic does not exist at {where}, or"
-                    " this user may not see it; create it with kafka-topics.sh --create"
-                )
-            )
-        except KafkaError as error:
-            problem = f"{silent} {type(error).__name__}: {error}{last_words}"
+            answer = background(_ask_metadata, settings)
+            topics, brokers = answer.result(began + 9 - time.monotonic())
+            if settings.kafka_topic in topics:
+                return topics, brokers
+            problem = missing if brokers else f"{silent}{last_words}"
+        except (KafkaError, TimeoutError) as error:
+            problem = f"{silent} {error!r}{last_words}"
         except (OSError, ValueError, AssertionError) as error:
-            raise Failure(f"{where}: {type(error).__name__}: {error}{last_words}") from None
+            problem = f"{where}: {error!r}{last_words}"
         if time.monotonic() - began > 5:
             raise Failure(problem)
         time.sleep(0.25)
@@ -880,9 +844,8 @@ def check_kafka(settings: Settings) -> set[str]:
     Returns the names of all topics. Raises Failure; takes 15 s at most. A broker that cannot be
     reached while others can is a warning.
     """
+    servers = set(settings.kafka_bootstrap_servers)
     where = f"KAFKA_BOOTSTRAP_SERVERS={','.join(settings.kafka_bootstrap_servers)}"
-    split = [server.rpartition(":") for server in settings.kafka_bootstrap_servers]
-    servers = {(host.strip("[]"), int(port)) for host, _, port in split}
     problems = _unreachable(servers)
     if len(problems) == len(servers):
         raise Failure(
@@ -936,9 +899,8 @@ class Stop:
             signal.signal(number, signal.SIG_DFL)
 
     def _thread_died(self, args: threading.ExceptHookArgs) -> None:
-        name = args.thread.name if args.thread else "?"
-        error = f"{args.exc_type.__name__}: {args.exc_value}"
-        self.dead_thread = f"the thread {name} ended unexpectedly: {error}"
+        what = f"the thread {getattr(args.thread, 'name', '?')} ended unexpectedly"
+        self.dead_thread = f"{what}: {args.exc_type.__name__}: {args.exc_value}"
 
     def _watch(self) -> None:
         while not self.requested:
@@ -946,10 +908,8 @@ class Stop:
         if pending := self.under_way():
             log.warning("stopping: %s; again to stop now", pending)
         time.sleep(4)
-        timer = threading.Timer(0.3, os._exit, [self.code])  # should even stderr be blocked
-        timer.daemon = True
-        timer.start()
         level = logging.ERROR if self.code else logging.WARNING
-        text = "stopped without an answer from the other side%s"
-        log.log(level, text, self.farewell())
+        text = f"stopped without an answer from the other side{self.farewell()}"
+        with suppress(TimeoutError):  # even stderr may be blocked
+            background(log.log, level, "%s", text).result(0.3)
         os._exit(self.code)
