@@ -58,10 +58,9 @@ from urllib.parse import urlsplit
 
 from dotenv.parser import Binding, parse_stream
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition, codec
-from kafka.consumer import fetcher, group
-from kafka.errors import KafkaError, KafkaTimeoutError, UnsupportedCodecError
+from kafka.consumer import group
+from kafka.errors import KafkaError, KafkaTimeoutError
 from kafka.record import memory_records
-from kafka.record.default_records import DefaultRecordBatch
 
 _CODECS = {"snappy": "python-snappy", "lz4": "lz4", "zstd": "zstandard"}  # name: package
 HERE = Path(__file__).resolve().parent
@@ -102,6 +101,7 @@ HINTS = {
     "NoSuchBucket": "create it, or correct S3_BUCKET",
     "RequestTimeTooSkewed": "set this machine's clock",
     "ResponseParserError": NOT_S3,
+    "UnsupportedCodecError": "pip install python-snappy, lz4 or zstandard",
     "InvalidObjectState": "it is in an archive (Glacier): restore it, or change S3_PREFIX",
     **dict.fromkeys(CREDENTIALS, "check or renew the AWS credentials"),
 }
@@ -135,11 +135,27 @@ def explain(error: BaseException) -> str:
 # ------------------------------------------------------------------------------------- settings
 
 
-def _setting(default: str, parse: Callable[[str], Any] = str, *, secret: bool = False) -> Any:
+Parser = Callable[[str], Any]  # raises ValueError: what the text must be
+
+
+def _setting(default: str, parse: Parser = str, *, secret: bool = False) -> Any:
     return field(metadata={"default": default, "parse": parse}, repr=not secret)
 
 
-def _matching(pattern: str, must: str, convert: Callable[[str], Any] = str) -> Callable[[str], Any]:
+def _choice(default: str, *others: str) -> Any:
+    """A setting with one of these values, whose case does not matter."""
+    values = {value.lower(): value for value in (default, *others)}
+    allowed = ", ".join(value or "(empty)" for value in values.values())
+
+    def parse(text: str) -> str:
+        if text.lower() not in values:
+            raise ValueError(f"must be one of {allowed}")
+        return values[text.lower()]
+
+    return _setting(default, parse)
+
+
+def _matching(pattern: str, must: str, convert: Parser = str) -> Parser:
     def parse(text: str) -> Any:
         if not re.fullmatch(pattern, text):
             raise ValueError(must)
@@ -148,7 +164,7 @@ def _matching(pattern: str, must: str, convert: Callable[[str], Any] = str) -> C
     return parse
 
 
-def _number(low: int, high: int, kind: type = int) -> Callable[[str], Any]:
+def _number(low: int, high: int, kind: type = int) -> Parser:
     words = "a whole number" if kind is int else "a number"
 
     def parse(text: str) -> Any:
@@ -160,20 +176,8 @@ def _number(low: int, high: int, kind: type = int) -> Callable[[str], Any]:
     return parse
 
 
-def _optional(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+def _optional(parse: Parser) -> Parser:
     return lambda text: parse(text) if text else None
-
-
-def _choice(*allowed: str) -> Callable[[str], str]:
-    """One of `allowed`, whose case does not matter."""
-
-    def parse(text: str) -> str:
-        for name in allowed:
-            if name.lower() == text.lower():
-                return name
-        raise ValueError("must be one of " + ", ".join(name or "(empty)" for name in allowed))
-
-    return parse
 
 
 # Hosts are ASCII, as for Kafka's own client: org.apache.kafka.common.utils.Utils.
@@ -235,19 +239,17 @@ class Settings:
     kafka_bootstrap_servers: tuple[str, ...] = _setting("localhost:9092", _servers)
     kafka_topic: str = _setting("test", _topic)
     kafka_group_id: str = _setting("python-consumer-group", _group)
-    kafka_auto_offset_reset: str = _setting("latest", _choice("latest", "earliest"))
+    kafka_auto_offset_reset: str = _choice("latest", "earliest")
     kafka_api_version: tuple[int, ...] | None = _setting("2.8.1", _optional(_version))
     kafka_request_timeout_ms: int = _setting("30000", _number(1000, 500_000))
-    kafka_security_protocol: str = _setting(
-        "PLAINTEXT", _choice("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL")
-    )
-    kafka_sasl_mechanism: str = _setting("", _choice("", "PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"))
+    kafka_security_protocol: str = _choice("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL")
+    kafka_sasl_mechanism: str = _choice("", "PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
     kafka_sasl_username: str = _setting("")
     kafka_sasl_password: str = _setting("", secret=True)
     kafka_ssl_cafile: str = _setting("")
     kafka_dlq_topic: str = _setting("error_topic", _topic)
     kafka_key_column: str = _setting("")
-    kafka_compression_type: str = _setting("", _choice("", "gzip", "snappy", "lz4", "zstd"))
+    kafka_compression_type: str = _choice("", "gzip", "snappy", "lz4", "zstd")
     csv_path: Path = _setting("indexProcessed.csv", _path)  # noqa: RUF009 (Path is no default)
     messages_per_second: float = _setting("1", _number(0, 10**9, float))
     random_seed: int | None = _setting("", _optional(_seed))
@@ -255,8 +257,8 @@ class Settings:
     s3_prefix: str = _setting("", _prefix)
     s3_endpoint_url: str | None = _setting("", _optional(_url))
     s3_max_concurrency: int = _setting("64", _number(1, 10_000))
-    log_level: str = _setting("INFO", _choice("DEBUG", "INFO", "WARNING", "ERROR"))
-    log_format: str = _setting("text", _choice("text", "json"))
+    log_level: str = _choice("INFO", "DEBUG", "WARNING", "ERROR")
+    log_format: str = _choice("text", "json")
     metrics_port: int | None = _setting("", _optional(_number(1, 65535)))
 
     @classmethod
@@ -701,7 +703,7 @@ class _AnyHeader(bytearray):
         return bytes(self).decode(errors="backslashreplace")
 
 
-class _Batch(DefaultRecordBatch):
+class _Batch(memory_records.DefaultRecordBatch):
     """A batch in which markers can be told from records, and any header can be read.
 
     Markers cannot be left out here: the client's position only moves past what it delivers.
@@ -720,7 +722,7 @@ class _Batch(DefaultRecordBatch):
         return record
 
 
-class _Fetcher(fetcher.Fetcher):
+class _Fetcher(group.Fetcher):
     """Names the record that it cannot read, after those in front of it, and begins each request
     with another partition: a broker sends a record larger than max_partition_fetch_bytes for the
     first partition of a request only."""
@@ -735,7 +737,7 @@ class _Fetcher(fetcher.Fetcher):
                 yield record
         except Exception as error:
             if last is None:
-                raise Unreadable(_unreadable(tp, state.position, error)) from error
+                raise _unreadable(tp, state.position, error) from error
             state.last_offset_from_message_batch = last  # what cannot be read comes first next time
 
     def _fetchable_partitions(self) -> list[TopicPartition]:
@@ -744,15 +746,12 @@ class _Fetcher(fetcher.Fetcher):
         return partitions
 
 
-def _unreadable(tp: TopicPartition, offset: int, error: Exception) -> str:
-    where = f"the record at {tp.topic}/{tp.partition}/{offset} cannot be read"
-    if isinstance(error, UnsupportedCodecError):
-        packages = " ".join(_CODECS[name] for name in _CODECS if name in str(error).lower())
-        return f"{where}: it is compressed, and a package is missing: pip install {packages}"
-    return (
-        f"{where}: {type(error).__name__}: {error}; nothing from it on is committed. To go on"
-        f" without it: stop the group and kafka-consumer-groups.sh --reset-offsets --topic"
-        f" {tp.topic}:{tp.partition} --to-offset {offset + 1} --execute"
+def _unreadable(tp: TopicPartition, offset: int, error: Exception) -> Unreadable:
+    return Unreadable(
+        f"the record at {tp.topic}/{tp.partition}/{offset} cannot be read: {explain(error)};"
+        f" nothing from it on is committed. To go on without it: stop the group and"
+        f" kafka-consumer-groups.sh --reset-offsets --topic {tp.topic}:{tp.partition}"
+        f" --to-offset {offset + 1} --execute"
     )
 
 
@@ -780,16 +779,17 @@ def background(call: Callable[..., Any], *args: Any) -> Future[Any]:
 def _unreachable(addresses: Iterable[str]) -> dict[str, str]:
     """Those (host:port) at which nothing listens, and why; in 3 s, since all are tried at once."""
 
-    def reach(address: str) -> str:
+    def reach(address: str) -> None:
         host, _, port = address.rpartition(":")
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), 3).close()
-        except OSError as error:
-            return f"{address}: {error.strerror or error}"
-        return ""
+        socket.create_connection((host.strip("[]"), int(port)), 3).close()
 
     tried = {address: background(reach, address) for address in addresses}
-    return {address: found.result() for address, found in tried.items() if found.result()}
+    errors = {address: attempt.exception() for address, attempt in tried.items()}
+    return {
+        address: f"{address}: {getattr(error, 'strerror', None) or error}"
+        for address, error in errors.items()
+        if error
+    }
 
 
 def _ask_metadata(settings: Settings) -> tuple[set[str], dict[str, list[str]]]:
@@ -812,9 +812,8 @@ def _wait_for_topic(settings: Settings, where: str) -> tuple[set[str], dict[str,
     """The metadata, with the topic in it. A broker that has just started does not answer at
     first, and then for about 2 s without its topics: it is asked again before that is said."""
     silent = (
-        f"{where}: the broker accepted the connection and did not answer; is it Kafka, is"
-        f" KAFKA_SECURITY_PROTOCOL={settings.kafka_security_protocol} right, and are the user and"
-        " password right?"
+        f"{where}: the broker accepted the connection and did not answer; is it Kafka, and are"
+        f" KAFKA_SECURITY_PROTOCOL={settings.kafka_security_protocol}, the user and password right?"
     )
     missing = (
         f"KAFKA_TOPIC={settings.kafka_topic}: the topic does not exist at {where}, or this user"
