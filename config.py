@@ -134,8 +134,8 @@ def explain(error: BaseException) -> str:
 
 # ------------------------------------------------------------------------------------- settings
 
-
 Parser = Callable[[str], Any]  # raises ValueError: what the text must be
+Check = Callable[[Mapping[str, Any]], str]  # of the values by name; returns a problem, or ""
 
 
 def _setting(default: str, parse: Parser = str, *, secret: bool = False) -> Any:
@@ -145,10 +145,10 @@ def _setting(default: str, parse: Parser = str, *, secret: bool = False) -> Any:
 def _choice(default: str, *others: str) -> Any:
     """A setting with one of these values, whose case does not matter."""
     values = {value.lower(): value for value in (default, *others)}
-    allowed = ", ".join(value or "(empty)" for value in values.values())
 
     def parse(text: str) -> str:
         if text.lower() not in values:
+            allowed = ", ".join(value or "(empty)" for value in values.values())
             raise ValueError(f"must be one of {allowed}")
         return values[text.lower()]
 
@@ -200,12 +200,6 @@ def _url(text: str) -> str:
     return text
 
 
-def _path(text: str) -> Path:
-    if not text:
-        raise ValueError("must name a file")
-    return HERE / os.path.expanduser(text)
-
-
 def _prefix(text: str) -> str:
     if not re.fullmatch(r"(?!/)(?!.*//)(?!(.*/)?\.{1,2}/)[^\x00-\x1f\x7f\\]*", text):
         raise ValueError("must not begin with / or hold //, ./, ../, \\ or control characters")
@@ -224,6 +218,7 @@ _topic = _matching(
     r"(?!\.{1,2}$)[a-zA-Z0-9._-]{1,249}",
     "must be a topic name: letters, digits, '.', '_' and '-', at most 249",
 )
+_path = _matching("(?s).+", "must name a file", lambda text: HERE / os.path.expanduser(text))
 _group = _matching(r"\S(.*\S)?", "must not be empty")
 _bucket = _matching(
     r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]",
@@ -262,11 +257,9 @@ class Settings:
     metrics_port: int | None = _setting("", _optional(_number(1, 65535)))
 
     @classmethod
-    def from_env(
-        cls, environ: Mapping[str, str], *checks: Callable[[Mapping[str, Any]], str]
-    ) -> Settings:
+    def from_env(cls, environ: Mapping[str, str], *checks: Check) -> Settings:
         """Build from `environ`. Each of `checks`, which a script adds, is given the values that
-        could be read, by name, and returns a problem or "".
+        could be read.
 
         Raises SettingsError with every problem at once.
         """
@@ -418,9 +411,8 @@ class _Json(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        for name in ("topic", "partition", "offset", "key", "lag"):
-            if hasattr(record, name):
-                line[name] = getattr(record, name)
+        about = ("topic", "partition", "offset", "key", "lag")
+        line |= {name: vars(record)[name] for name in about if name in vars(record)}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line)
@@ -785,11 +777,7 @@ def _unreachable(addresses: Iterable[str]) -> dict[str, str]:
 
     tried = {address: background(reach, address) for address in addresses}
     errors = {address: attempt.exception() for address, attempt in tried.items()}
-    return {
-        address: f"{address}: {getattr(error, 'strerror', None) or error}"
-        for address, error in errors.items()
-        if error
-    }
+    return {where: f"{where}: {explain(error)}" for where, error in errors.items() if error}
 
 
 def _ask_metadata(settings: Settings) -> tuple[set[str], dict[str, list[str]]]:
