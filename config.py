@@ -62,7 +62,6 @@ from kafka.consumer import group
 from kafka.errors import KafkaError, KafkaTimeoutError
 from kafka.record import memory_records
 
-_CODECS = {"snappy": "python-snappy", "lz4": "lz4", "zstd": "zstandard"}  # name: package
 HERE = Path(__file__).resolve().parent
 log = logging.getLogger(__name__)
 output = logging.getLogger("records")  # the line about each record, to stdout
@@ -180,6 +179,7 @@ def _optional(parse: Parser) -> Parser:
     return lambda text: parse(text) if text else None
 
 
+_CODECS = {"snappy": "python-snappy", "lz4": "lz4", "zstd": "zstandard"}  # name: package
 # Hosts are ASCII, as for Kafka's own client: org.apache.kafka.common.utils.Utils.
 _SERVER = r"(([A-Za-z0-9_-]{1,63}\.)*[A-Za-z0-9_-]{1,63}\.?|\[[0-9A-Fa-f:.]+(%\w+)?\]):[0-9]{1,5}"
 
@@ -571,7 +571,7 @@ def make_producer(settings: Settings, **options: Any) -> KafkaProducer:
         compression_type=settings.kafka_compression_type or None,
         **options,
     )
-    if KafkaClient:
+    if KafkaClient:  # the client has its copy of the number, the line of records this one
         producer._sender.config["request_timeout_ms"] = _FOREVER
     return producer
 
@@ -787,12 +787,10 @@ def _ask_metadata(settings: Settings) -> tuple[set[str], dict[str, list[str]]]:
         topics = set(consumer.topics())
         cluster = consumer._client.cluster
         brokers = {}
-        for broker in cluster.brokers():
-            node = broker.nodeId if KafkaClient else broker.node_id
-            if not str(node).startswith("bootstrap"):
-                led = sorted(cluster.partitions_for_broker(node) or ())
-                names = [f"{t}/{p}" for t, p in led if t == settings.kafka_topic]
-                brokers[f"{broker.host}:{broker.port}"] = names
+        for node, broker in cluster._brokers.items():  # without the bootstrap addresses
+            led = sorted(cluster.partitions_for_broker(node) or ())
+            names = [f"{t}/{p}" for t, p in led if t == settings.kafka_topic]
+            brokers[f"{broker.host}:{broker.port}"] = names
         return topics, brokers
 
 
