@@ -43,7 +43,6 @@ import json
 import logging
 import math
 import os
-import random
 import re
 import signal
 import socket
@@ -538,9 +537,8 @@ class Notices:
                 self.said[what] = now
                 told = problem.since is not None or now - began < 2
                 lasting = "" if told else f"; for {now - began:.0f} s now"
-                log.warning(
-                    "%s%s", problem.text, lasting, extra=problem.extra, exc_info=problem.error
-                )
+                text = f"{problem.text}{lasting}"
+                log.warning("%s", text, extra=problem.extra, exc_info=problem.error)
         for what in self.began.keys() - problems.keys():
             self.ended[what], began = now, self.began.pop(what)
             if self.said.pop(what, None):
@@ -719,6 +717,8 @@ class _Fetcher(group.Fetcher):
     with another partition: a broker sends a record larger than max_partition_fetch_bytes for the
     first partition of a request only."""
 
+    requests = 0
+
     def _unpack_message_set(self, tp: TopicPartition, records: Any) -> Iterator[Any]:
         state = self._subscriptions.assignment[tp]
         last = None
@@ -733,9 +733,10 @@ class _Fetcher(group.Fetcher):
             state.last_offset_from_message_batch = last  # what cannot be read comes first next time
 
     def _fetchable_partitions(self) -> list[TopicPartition]:
-        partitions = list(super()._fetchable_partitions())
-        random.shuffle(partitions)
-        return partitions
+        self.requests += 1
+        partitions = sorted(super()._fetchable_partitions())
+        first = self.requests % max(1, len(partitions))
+        return partitions[first:] + partitions[:first]
 
 
 def _unreadable(tp: TopicPartition, offset: int, error: Exception) -> Unreadable:
