@@ -9,27 +9,26 @@ consumer would otherwise both have to say.
 from __future__ import annotations
 
 import sys
-from contextlib import suppress
+from contextlib import closing, suppress
 from importlib import metadata
 from importlib.util import find_spec
 
 
 def _installation_problem() -> str:
     """Why the scripts cannot run with what is installed, and what to do; "" when they can."""
-    install = f"{sys.executable} -m pip install -r requirements.txt"
     if sys.version_info < (3, 11):  # noqa: UP036
         return f"Python 3.11 or newer is needed, and this is {sys.version.split()[0]}"
+    install = f"{sys.executable} -m pip install -r requirements.txt"
     missing = [name for name in ("dotenv", "kafka", "pandas", "s3fs") if not find_spec(name)]
     if missing:
         return f"packages are missing ({', '.join(missing)}): {install}"
-    clients = {}
+    clients = []
     for name in ("kafka-python", "kafka-python-ng"):  # both are imported as kafka
         with suppress(metadata.PackageNotFoundError):
-            clients[name] = metadata.version(name)
-    if len(clients) > 1 or clients.get("kafka-python", "3") < "3":
-        there = " and ".join(f"{name} {version}" for name, version in clients.items())
+            clients.append(f"{name} {metadata.version(name)}")
+    if len(clients) > 1 or any(client < "kafka-python 3" for client in clients):
         remove = f"{sys.executable} -m pip uninstall -y kafka-python kafka-python-ng"
-        return f"{there} cannot be used, or not together: {remove}; {install}"
+        return f"{' and '.join(clients)} cannot be used, or not together: {remove}; {install}"
     return ""
 
 
@@ -38,11 +37,8 @@ if problem := _installation_problem():  # before the imports that it is about
     sys.exit(2)
 
 import argparse
-import codecs
 import difflib
 import io
-import ipaddress
-import itertools
 import json
 import logging
 import math
@@ -61,11 +57,10 @@ from urllib.parse import urlsplit
 
 from dotenv.parser import Binding, parse_stream
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition, codec
-from kafka.errors import KafkaError, KafkaTimeoutError, UnsupportedCodecError
+from kafka.consumer import group
+from kafka.errors import KafkaError, KafkaTimeoutError
 from kafka.record import memory_records
-from kafka.record.default_records import DefaultRecord, DefaultRecordBatch
 
-_CODECS = {"snappy": "python-snappy", "lz4": "lz4", "zstd": "zstandard"}  # name: package
 HERE = Path(__file__).resolve().parent
 log = logging.getLogger(__name__)
 output = logging.getLogger("records")  # the line about each record, to stdout
@@ -90,16 +85,10 @@ class Failure(Exception):
 
 # --------------------------------------------------------------------------------------- errors
 
-RENEW = "check or renew the AWS credentials"
 CREDENTIALS = {
-    "CredentialsTimeout",
-    "CredentialRetrievalError",
-    "ExpiredToken",
-    "InvalidAccessKeyId",
-    "InvalidToken",
-    "NoCredentialsError",
-    "SignatureDoesNotMatch",
-    "TokenRefreshRequired",
+    *("CredentialsTimeout", "CredentialRetrievalError", "NoCredentialsError"),  # there are none
+    *("ExpiredToken", "TokenRefreshRequired"),
+    *("InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch"),
 }
 NOT_S3 = "that is no answer of S3: is S3_ENDPOINT_URL right, is a proxy in between?"
 HINTS = {
@@ -110,8 +99,9 @@ HINTS = {
     "NoSuchBucket": "create it, or correct S3_BUCKET",
     "RequestTimeTooSkewed": "set this machine's clock",
     "ResponseParserError": NOT_S3,
+    "UnsupportedCodecError": "pip install python-snappy, lz4 or zstandard",
     "InvalidObjectState": "it is in an archive (Glacier): restore it, or change S3_PREFIX",
-    **dict.fromkeys(CREDENTIALS, RENEW),
+    **dict.fromkeys(CREDENTIALS, "check or renew the AWS credentials"),
 }
 
 
@@ -133,130 +123,107 @@ def explain(error: BaseException) -> str:
     message = _s3_error(error).get("Message", str(error))
     if isinstance(error, TimeoutError):
         message = "no answer in time"
-    # A status in the place of a code: the answer had no error of S3 in it.
     message = message.removeprefix(f"{code}: ")  # as the Kafka client's errors begin
+    # A status in the place of a code: the answer had no error of S3 in it.
     hint = NOT_S3 if code.isdecimal() else HINTS.get(code)
-    if hint:
-        message = f"{message} ({hint})"
-    return " ".join(f"{code}: {message}".split())
+    text = f"{code}: {message} ({hint})" if hint else f"{code}: {message}"
+    return " ".join(text.split())
 
 
 # ------------------------------------------------------------------------------------- settings
 
+Parser = Callable[[str], Any]  # raises ValueError: what the text must be
+Check = Callable[[Mapping[str, Any]], str]  # of the values by name; returns a problem, or ""
 
-def _setting(default: str, parse: Callable[[str], Any] = str, *, secret: bool = False) -> Any:
+
+def _setting(default: str, parse: Parser = str, *, secret: bool = False) -> Any:
     return field(metadata={"default": default, "parse": parse}, repr=not secret)
 
 
-def _number(low: float, high: float, kind: type = int) -> Callable[[str], Any]:
+def _choice(default: str, *others: str) -> Any:
+    """A setting with one of these values, whose case does not matter."""
+    values = {value.lower(): value for value in (default, *others)}
+
+    def parse(text: str) -> str:
+        if text.lower() not in values:
+            allowed = ", ".join(value or "(empty)" for value in values.values())
+            raise ValueError(f"must be one of {allowed}")
+        return values[text.lower()]
+
+    return _setting(default, parse)
+
+
+def _matching(pattern: str, must: str, convert: Parser = str) -> Parser:
     def parse(text: str) -> Any:
-        try:
-            number = kind(text)
-        except ValueError:
-            number = math.nan
-        if not low <= number <= high or number == math.inf:
-            whole = "a whole number" if kind is int else "a number"
-            upper = "" if high == math.inf else f" and at most {high}"
-            raise ValueError(f"must be {whole}, at least {low}{upper}")
-        return number
+        if not re.fullmatch(pattern, text):
+            raise ValueError(must)
+        return convert(text)
 
     return parse
 
 
-def _seed(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError("must be a whole number, or empty: another sequence each time") from None
+def _number(low: int, high: int, kind: type = int) -> Parser:
+    words = "a whole number" if kind is int else "a number"
+
+    def parse(text: str) -> Any:
+        with suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        raise ValueError(f"must be {words}, at least {low} and at most {high}")
+
+    return parse
 
 
-def _optional(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+def _optional(parse: Parser) -> Parser:
     return lambda text: parse(text) if text else None
 
 
-def _choice(*allowed: str) -> Callable[[str], str]:
-    """One of `allowed`, whose case does not matter."""
-
-    def parse(text: str) -> str:
-        for name in allowed:
-            if name.lower() == text.lower():
-                return name
-        raise ValueError("must be one of " + ", ".join(name or "(empty)" for name in allowed))
-
-    return parse
-
-
-def _matching(pattern: str, otherwise: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if not re.fullmatch(pattern, text):
-            raise ValueError(otherwise)
-        return text
-
-    return parse
+_CODECS = {"snappy": "python-snappy", "lz4": "lz4", "zstd": "zstandard"}  # name: package
+# Hosts are ASCII, as for Kafka's own client: org.apache.kafka.common.utils.Utils.
+_SERVER = r"(([A-Za-z0-9_-]{1,63}\.)*[A-Za-z0-9_-]{1,63}\.?|\[[0-9A-Fa-f:.]+(%\w+)?\]):[0-9]{1,5}"
 
 
 def _servers(text: str) -> tuple[str, ...]:
     servers = tuple(server.strip() for server in text.split(","))
-    try:
-        for server in servers:
-            host, _, port = server.rpartition(":")
-            if not re.fullmatch(r"\[.+\]|[^\s:/@]+", host) or not re.fullmatch(r"[0-9]{1,5}", port):
-                raise ValueError
-            if host.startswith("["):
-                ipaddress.IPv6Address(host[1:-1])
-            host.encode("idna")
-            _number(1, 65535)(port)
-    except ValueError:
-        what = "must be host:port, the port at most 65535, several with commas between"
-        raise ValueError(f"{what} (localhost:9092)") from None
+    for server in servers:
+        # urlsplit refuses an IPv6 address that is none, and a port above 65535.
+        if not re.fullmatch(_SERVER, server) or not urlsplit(f"//{server}").port:
+            raise ValueError("must be host:port, several with commas between (localhost:9092)")
     return servers
 
 
-def _version(text: str) -> tuple[int, ...]:
-    wrong = "must be a version such as 2.8.1, 0.11 at least, or empty: negotiate"
-    version = tuple(map(int, _matching(r"\d+\.\d+(\.\d+)?", wrong)(text).split(".")))
-    if version < (0, 11):  # it has no headers, which a dead letter needs
-        raise ValueError(wrong)
-    return version
-
-
 def _url(text: str) -> str:
-    try:
-        parts = urlsplit(text)
-        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        good = False
-    if not good:
+    url = urlsplit(text)
+    if url.scheme not in ("http", "https") or not url.hostname or url.port == 0:
         raise ValueError("must be an address such as http://localhost:9000, or empty: AWS")
     return text
 
 
-def _path(text: str) -> Path:
-    if not text:
-        raise ValueError("must name a file")
-    return HERE / os.path.expanduser(text)
+def _prefix(text: str) -> str:
+    if not re.fullmatch(r"(?!/)(?!.*//)(?!(.*/)?\.{1,2}/)[^\x00-\x1f\x7f\\]*", text):
+        raise ValueError("must not begin with / or hold //, ./, ../, \\ or control characters")
+    if len(text.encode()) > 900:  # S3 takes names of 1,024 bytes, and ours have up to 58 more
+        raise ValueError(f"must have at most 900 bytes, and has {len(text.encode())}")
+    return text
 
 
+_version = _matching(
+    r"(0\.11|[1-9][0-9]?\.[0-9]{1,3})(\.[0-9]{1,3})?",  # before 0.11 there were no headers
+    "must be a version such as 2.8.1, 0.11 at least, or empty: negotiate",
+    lambda text: tuple(map(int, text.split("."))),
+)
 # Kafka's rule for topic names: org.apache.kafka.common.internals.Topic.
 _topic = _matching(
     r"(?!\.{1,2}$)[a-zA-Z0-9._-]{1,249}",
     "must be a topic name: letters, digits, '.', '_' and '-', at most 249",
 )
+_path = _matching("(?s).+", "must name a file", lambda text: HERE / os.path.expanduser(text))
 _group = _matching(r"\S(.*\S)?", "must not be empty")
 _bucket = _matching(
     r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]",
     "must be the bucket's name alone, without s3:// and without a path (see S3_PREFIX)",
 )
-
-
-def _prefix(text: str) -> str:
-    if not re.fullmatch(r"(?!/)(?!.*//)(?!(.*/)?\.{1,2}/)[^\x00-\x1f\x7f\\]*", text):
-        raise ValueError(
-            "must not begin with / or hold //, ./, ../, a backslash or control characters"
-        )
-    if len(text.encode()) > 900:  # S3 takes names of 1,024 bytes, and ours have up to 58 more
-        raise ValueError(f"must have at most 900 bytes, and has {len(text.encode())}")
-    return text
+_seed = _matching("-?[0-9]{1,99}", "must be a whole number, or empty: other rows each time", int)
 
 
 @dataclass(frozen=True)
@@ -266,44 +233,39 @@ class Settings:
     kafka_bootstrap_servers: tuple[str, ...] = _setting("localhost:9092", _servers)
     kafka_topic: str = _setting("test", _topic)
     kafka_group_id: str = _setting("python-consumer-group", _group)
-    kafka_auto_offset_reset: str = _setting("latest", _choice("latest", "earliest"))
+    kafka_auto_offset_reset: str = _choice("latest", "earliest")
     kafka_api_version: tuple[int, ...] | None = _setting("2.8.1", _optional(_version))
     kafka_request_timeout_ms: int = _setting("30000", _number(1000, 500_000))
-    kafka_security_protocol: str = _setting(
-        "PLAINTEXT", _choice("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL")
-    )
-    kafka_sasl_mechanism: str = _setting("", _choice("", "PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"))
+    kafka_security_protocol: str = _choice("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL")
+    kafka_sasl_mechanism: str = _choice("", "PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
     kafka_sasl_username: str = _setting("")
     kafka_sasl_password: str = _setting("", secret=True)
     kafka_ssl_cafile: str = _setting("")
     kafka_dlq_topic: str = _setting("error_topic", _topic)
     kafka_key_column: str = _setting("")
-    kafka_compression_type: str = _setting("", _choice("", "gzip", "snappy", "lz4", "zstd"))
+    kafka_compression_type: str = _choice("", "gzip", "snappy", "lz4", "zstd")
     csv_path: Path = _setting("indexProcessed.csv", _path)  # noqa: RUF009 (Path is no default)
-    messages_per_second: float = _setting("1", _number(0, math.inf, float))
+    messages_per_second: float = _setting("1", _number(0, 10**9, float))
     random_seed: int | None = _setting("", _optional(_seed))
     s3_bucket: str = _setting("", _optional(_bucket))
     s3_prefix: str = _setting("", _prefix)
     s3_endpoint_url: str | None = _setting("", _optional(_url))
     s3_max_concurrency: int = _setting("64", _number(1, 10_000))
-    log_level: str = _setting("INFO", _choice("DEBUG", "INFO", "WARNING", "ERROR"))
-    log_format: str = _setting("text", _choice("text", "json"))
+    log_level: str = _choice("INFO", "DEBUG", "WARNING", "ERROR")
+    log_format: str = _choice("text", "json")
     metrics_port: int | None = _setting("", _optional(_number(1, 65535)))
 
     @classmethod
-    def from_env(
-        cls, environ: Mapping[str, str], *checks: Callable[[Mapping[str, Any]], str]
-    ) -> Settings:
+    def from_env(cls, environ: Mapping[str, str], *checks: Check) -> Settings:
         """Build from `environ`. Each of `checks`, which a script adds, is given the values that
-        could be read, by name, and returns a problem or "".
+        could be read.
 
         Raises SettingsError with every problem at once.
         """
         values: dict[str, Any] = {}
         problems = []
         for each in fields(cls):
-            name = each.name.upper()
-            default = each.metadata["default"]
+            name, default = each.name.upper(), each.metadata["default"]
             text = environ.get(name, default)
             try:
                 text.encode()
@@ -312,7 +274,7 @@ class Settings:
                 problems.append(f"{name}: must be UTF-8")
             except ValueError as error:
                 instead = f"; leave it out for {default}" if default and not text else ""
-                problems.append(f"{name}={text!r}: {error}{instead}")
+                problems.append(f"{name}={text!r}: {printable(str(error))}{instead}")
         problems += [*_kafka_problems(values), *_other_problems(values)]
         problems += filter(None, [check(values) for check in checks])
         if problems:
@@ -369,12 +331,7 @@ def environment(flags: Mapping[str, str | None], dotenv: Path = HERE / ".env") -
     """
     if dotenv.exists():
         lines = [line for line in parse_stream(_open_text(dotenv)) if line.key or line.error]
-        problems = [
-            f"{dotenv}, line {_line_number(line)}: {problem}"
-            for line in lines
-            for problem in _line_problems(line)
-        ]
-        if problems:
+        if problems := [f"{dotenv}, {text}" for line in lines for text in _line_problems(line)]:
             raise SettingsError(*problems)
         for name, value in {line.key: line.value for line in lines}.items():  # the last one counts
             os.environ.setdefault(str(name), str(value))
@@ -387,7 +344,7 @@ def _open_text(path: Path) -> io.StringIO:
     """A file in UTF-8, or in UTF-16 with its byte order mark, as PowerShell writes it."""
     try:
         content = path.read_bytes()
-        utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
         return io.StringIO(content.decode("utf-16" if utf16 else "utf-8-sig"))
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
@@ -397,26 +354,23 @@ def _open_text(path: Path) -> io.StringIO:
     raise SettingsError(f"{path} cannot be read: {problem}")
 
 
-def _line_number(line: Binding) -> int:
-    """Where a line's name stands; for the parser the blank lines before it are its own."""
-    text = line.original.string
-    return line.original.line + text[: len(text) - len(text.lstrip())].count("\n")
-
-
 def _line_problems(line: Binding) -> Iterator[str]:
     """What is wrong with a line of `.env`, without its value, which may be a secret."""
-    name, value = line.key or "", line.value
+    name, value, text = line.key or "", line.value, line.original.string
+    # For the parser the blank lines before a line are its own.
+    number = line.original.line + text[: len(text) - len(text.lstrip())].count("\n")
+    where = f"line {number}: {name}"
     settings = [each.name.upper() for each in fields(Settings)]
     ours = name.upper().startswith(("KAFKA_", "S3_"))
     close = difflib.get_close_matches(name.upper(), settings, 1, 0.78 if ours else 0.9)
     if line.error or value is None or "\0" in value:
-        yield "must be NAME=value"
-    elif set(re.findall(r"[\x00-\x1f]", value)) - set(line.original.string.strip()):
-        yield f"{name}: in double quotes a backslash makes a control character; use single quotes"
+        yield f"line {number}: must be NAME=value"
+    elif set(re.findall(r"[\x00-\x1f]", value)) - set(text.strip()):
+        yield f"{where}: in double quotes a backslash makes a control character; use single quotes"
     elif re.match("[\u2018-\u201f]", value):
-        yield f"{name}: has typographic quotes; use straight ones, or none"
+        yield f"{where}: has typographic quotes; use straight ones, or none"
     elif close and name != close[0] and not name.startswith("AWS_"):
-        yield f"{name} is no setting; did you mean {close[0]}?"
+        yield f"{where} is no setting; did you mean {close[0]}?"
     elif ours and not close:
         log.warning("%s names no setting, and is not read", name)
 
@@ -424,7 +378,7 @@ def _line_problems(line: Binding) -> Iterator[str]:
 def positive(text: str) -> int:
     """A count for argparse: a whole number, at least 1."""
     try:
-        return int(_number(1, math.inf)(text))
+        return int(_number(1, 2**63)(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
 
@@ -456,9 +410,8 @@ class _Json(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        for name in ("topic", "partition", "offset", "key", "lag"):
-            if hasattr(record, name):
-                line[name] = getattr(record, name)
+        about = ("topic", "partition", "offset", "key", "lag")
+        line |= {name: vars(record)[name] for name in about if name in vars(record)}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line)
@@ -466,15 +419,16 @@ class _Json(logging.Formatter):
 
 def _is_journal(stream: Any) -> bool:
     """Whether systemd's journal reads the stream; sd-daemon(3) has its rules."""
-    try:
+    with suppress(OSError, ValueError):
         status = os.fstat(stream.fileno())
-    except (OSError, ValueError):
-        return False
-    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+        return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+    return False
 
 
 class _Stream(logging.StreamHandler):
     """A stream that outlives its reader. On a terminal the status is rewritten in place."""
+
+    terminator = ""  # `format` ends the line, or leaves it open
 
     def __init__(self, stream: Any, formatter: logging.Formatter) -> None:
         stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8
@@ -484,22 +438,18 @@ class _Stream(logging.StreamHandler):
         self.in_place = isinstance(formatter, _Text) and stream.isatty() and not dumb
         self.is_journal = _is_journal(stream)
 
-    def emit(self, record: logging.LogRecord) -> None:
-        is_status = self.in_place and getattr(record, "status", False)
-        self.terminator = "" if is_status else "\n"
-        super().emit(record)
-
     def format(self, record: logging.LogRecord) -> str:
         line = super().format(record)
-        if self.is_journal:  # which takes the priority from here
-            severe = 3 if record.levelno >= logging.ERROR else 4
-            return f"<{severe if record.levelno >= logging.WARNING else 6}>{line}"
-        if not self.in_place:
-            return line
-        if getattr(record, "status", False):
+        if self.in_place and hasattr(record, "status"):
             # The time would push the end of the line off a narrow terminal.
-            line = record.message[: os.get_terminal_size(self.stream.fileno()).columns - 1]
-        return "\r\x1b[K" + line
+            width = os.get_terminal_size(self.stream.fileno()).columns
+            return f"\r\x1b[K{record.message[: width - 1]}"
+        if self.in_place:
+            return f"\r\x1b[K{line}\n"
+        if self.is_journal:  # which takes the priority, syslog's, from here
+            priority = {logging.ERROR: 3, logging.WARNING: 4}.get(record.levelno, 6)
+            return f"<{priority}>{line}\n"
+        return f"{line}\n"
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
@@ -587,9 +537,8 @@ class Notices:
                 self.said[what] = now
                 told = problem.since is not None or now - began < 2
                 lasting = "" if told else f"; for {now - began:.0f} s now"
-                log.warning(
-                    "%s%s", problem.text, lasting, extra=problem.extra, exc_info=problem.error
-                )
+                text = f"{problem.text}{lasting}"
+                log.warning("%s", text, extra=problem.extra, exc_info=problem.error)
         for what in self.began.keys() - problems.keys():
             self.ended[what], began = now, self.began.pop(what)
             if self.said.pop(what, None):
@@ -608,9 +557,10 @@ def make_producer(settings: Settings, **options: Any) -> KafkaProducer:
     A request is lost after KAFKA_REQUEST_TIMEOUT_MS and sent again; but a record that waits for
     its turn must not expire with it, as it does where one number says both.
     """
-    return KafkaProducer(
+    producer = KafkaProducer(
         **settings.kafka(),
-        **_producer_timeouts(settings.kafka_request_timeout_ms),
+        **_NO_EXPIRY,
+        request_timeout_ms=settings.kafka_request_timeout_ms,
         acks="all",
         retries=_FOREVER,
         max_in_flight_requests_per_connection=1,
@@ -619,6 +569,9 @@ def make_producer(settings: Settings, **options: Any) -> KafkaProducer:
         compression_type=settings.kafka_compression_type or None,
         **options,
     )
+    if KafkaClient:  # the client has its copy of the number, the line of records this one
+        producer._sender.config["request_timeout_ms"] = _FOREVER
+    return producer
 
 
 def make_consumer(settings: Settings, **options: Any) -> KafkaConsumer:
@@ -626,16 +579,13 @@ def make_consumer(settings: Settings, **options: Any) -> KafkaConsumer:
 
     Its polls may raise Unreadable.
     """
-    consumer = KafkaConsumer(
+    return KafkaConsumer(
         **settings.kafka(),
         **_ONLY_COMMITTED,
         group_id=settings.kafka_group_id,
         enable_auto_commit=False,
         **{"auto_offset_reset": "none", **options},
     )
-    if KafkaClient:
-        _harden(consumer._fetcher)
-    return consumer
 
 
 def position(consumer: KafkaConsumer, tp: TopicPartition) -> int:
@@ -669,26 +619,15 @@ try:
     from kafka import KafkaClient
     from kafka.consumer.fetcher import NoOffsetForPartitionError
 
-    _ONLY_COMMITTED: dict[str, str] = {}
+    _ONLY_COMMITTED: dict[str, Any] = {}
+    _NO_EXPIRY: dict[str, Any] = {}
 except ImportError:
     from kafka.errors import NoOffsetForPartitionError  # noqa: F401
 
     KafkaClient = None
     _ONLY_COMMITTED = {"isolation_level": "read_committed"}
-
-
-def _producer_timeouts(request_timeout_ms: int) -> dict[str, Any]:
-    if not KafkaClient:
-        return {
-            "request_timeout_ms": request_timeout_ms,
-            "delivery_timeout_ms": _FOREVER,
-            "enable_idempotence": False,  # with it, one refused record ends the client
-        }
-
-    def client(**options: Any) -> Any:
-        return KafkaClient(**{**options, "request_timeout_ms": request_timeout_ms})
-
-    return {"request_timeout_ms": _FOREVER, "kafka_client": client}
+    # With idempotence, one refused record ends the client.
+    _NO_EXPIRY = {"delivery_timeout_ms": _FOREVER, "enable_idempotence": False}
 
 
 def track_topic(consumer: KafkaConsumer, topic: str) -> None:
@@ -735,10 +674,10 @@ def commit_once(consumer: KafkaConsumer, positions: dict[TopicPartition, Any]) -
         raise KafkaTimeoutError  # the next poll looks for it
     answer = consumer.commit_async(positions)
     deadline = time.monotonic() + 3
-    while not answer.is_done and time.monotonic() < deadline:
+    while not answer.is_done:
+        if time.monotonic() > deadline:
+            raise KafkaTimeoutError
         consumer._client.poll(timeout_ms=20)
-    if not answer.is_done:
-        raise KafkaTimeoutError
     if answer.failed():
         raise answer.exception
 
@@ -754,7 +693,7 @@ class _AnyHeader(bytearray):
         return bytes(self).decode(errors="backslashreplace")
 
 
-class _Batch(DefaultRecordBatch):
+class _Batch(memory_records.DefaultRecordBatch):
     """A batch in which markers can be told from records, and any header can be read.
 
     Markers cannot be left out here: the client's position only moves past what it delivers.
@@ -762,71 +701,58 @@ class _Batch(DefaultRecordBatch):
 
     __slots__ = ()
 
-    def __iter__(self) -> Iterator[Any]:
-        delivered = super().__iter__()
-        if not self.is_control_batch:
-            return delivered
-        # `delivered` is this batch: map() alone would ask it for its iterator, without an end.
-        return map(_as_marker, iter(delivered.__next__, None))
-
     def _read_msg(self, *args: Any) -> Any:
         try:
-            return super()._read_msg(*args)
+            record = super()._read_msg(*args)
         except UnicodeDecodeError:
             self._buffer = _AnyHeader(self._buffer)  # type: ignore[misc, has-type]
-            return super()._read_msg(*args)
+            record = super()._read_msg(*args)
+        if self.is_control_batch:
+            record._key = TransactionMarker(record.key or b"")
+        return record
 
 
-def _as_marker(record: Any) -> Any:
-    times = record.timestamp, record.timestamp_type
-    key = TransactionMarker(record.key or b"")
-    return DefaultRecord(record.offset, *times, key, record.value, record.headers)
+class _Fetcher(group.Fetcher):
+    """Names the record that it cannot read, after those in front of it, and begins each request
+    with another partition: a broker sends a record larger than max_partition_fetch_bytes for the
+    first partition of a request only."""
 
+    requests = 0
 
-memory_records.DefaultRecordBatch = _Batch
-
-
-def _harden(fetcher: Any) -> None:
-    """Make kafka-python-ng's fetcher name the record that it cannot read, after those in front
-    of it, and begin each request with another partition: a broker sends a record larger than
-    max_partition_fetch_bytes for the first partition of a request only."""
-    unpack, fetchable = fetcher._unpack_message_set, fetcher._fetchable_partitions
-    turns = itertools.count()
-
-    def readable(tp: TopicPartition, batches: Any) -> Iterator[Any]:
-        state = fetcher._subscriptions.assignment[tp]
+    def _unpack_message_set(self, tp: TopicPartition, records: Any) -> Iterator[Any]:
+        state = self._subscriptions.assignment[tp]
         last = None
         try:
-            for record in unpack(tp, batches):
+            for record in super()._unpack_message_set(tp, records):
                 if record.offset >= state.position:
                     last = record.offset
                 yield record
         except Exception as error:
             if last is None:
-                raise Unreadable(_unreadable(tp, state.position, error)) from error
+                raise _unreadable(tp, state.position, error) from error
             state.last_offset_from_message_batch = last  # what cannot be read comes first next time
 
-    def rotated() -> list[TopicPartition]:
-        partitions = sorted(fetchable())
-        first = next(turns) % max(1, len(partitions))
+    def _fetchable_partitions(self) -> list[TopicPartition]:
+        self.requests += 1
+        partitions = sorted(super()._fetchable_partitions())
+        first = self.requests % max(1, len(partitions))
         return partitions[first:] + partitions[:first]
 
-    fetcher._unpack_message_set, fetcher._fetchable_partitions = readable, rotated
 
+def _unreadable(tp: TopicPartition, offset: int, error: Exception) -> Unreadable:
+    return Unreadable(
+        f"the record at {tp.topic}/{tp.partition}/{offset} cannot be read: {explain(error)};"
+        f" nothing from it on is committed. To go on without it: stop the group and"
+        f" kafka-consumer-groups.sh --reset-offsets --topic {tp.topic}:{tp.partition}"
+        f" --to-offset {offset + 1} --execute"
+    )
+
+
+memory_records.DefaultRecordBatch = _Batch
+if KafkaClient:
+    group.Fetcher = _Fetcher
 
 # ------------------------------------------------------------------------- checks at the start
-
-
-def _unreadable(tp: TopicPartition, offset: int, error: Exception) -> str:
-    where = f"the record at {tp.topic}/{tp.partition}/{offset} cannot be read"
-    if isinstance(error, UnsupportedCodecError):
-        packages = " ".join(_CODECS[name] for name in _CODECS if name in str(error).lower())
-        return f"{where}: it is compressed, and a package is missing: pip install {packages}"
-    return (
-        f"{where}: {type(error).__name__}: {error}; nothing from it on is committed. To go on"
-        f" without it: stop the group and kafka-consumer-groups.sh --reset-offsets --topic"
-        f" {tp.topic}:{tp.partition} --to-offset {offset + 1} --execute"
-    )
 
 
 def background(call: Callable[..., Any], *args: Any) -> Future[Any]:
@@ -843,76 +769,56 @@ def background(call: Callable[..., Any], *args: Any) -> Future[Any]:
     return outcome
 
 
-def _unreachable(addresses: Iterable[tuple[str, int]]) -> dict[tuple[str, int], str]:
-    """Those at which nothing listens, and why; in 3 s, since all are tried at once."""
+def _unreachable(addresses: Iterable[str]) -> dict[str, str]:
+    """Those (host:port) at which nothing listens, and why; in 3 s, since all are tried at once."""
 
-    def reach(address: tuple[str, int]) -> str:
-        try:
-            socket.create_connection(address, 3).close()
-        except OSError as error:
-            return f"{address[0]}:{address[1]}: {error.strerror or error}"
-        return ""
+    def reach(address: str) -> None:
+        host, _, port = address.rpartition(":")
+        socket.create_connection((host.strip("[]"), int(port)), 3).close()
 
     tried = {address: background(reach, address) for address in addresses}
-    return {address: found.result() for address, found in tried.items() if found.result()}
+    errors = {address: attempt.exception() for address, attempt in tried.items()}
+    return {where: f"{where}: {explain(error)}" for where, error in errors.items() if error}
 
 
-def _ask_metadata(settings: Settings) -> tuple[set[str], dict[tuple[str, int], list[str]]]:
-    """The topics, and the brokers (host, port) with the partitions of KAFKA_TOPIC that they lead.
-
-    Raises KafkaError, and LookupError without the topic or a broker that says who it is.
-    """
-    consumer = KafkaConsumer(**settings.kafka(), enable_auto_commit=False)
-    try:
+def _ask_metadata(settings: Settings) -> tuple[set[str], dict[str, list[str]]]:
+    """The topics, and the brokers (host:port) with the partitions of KAFKA_TOPIC that they lead;
+    no broker when none has said who it is."""
+    with closing(KafkaConsumer(**settings.kafka(), enable_auto_commit=False)) as consumer:
         topics = set(consumer.topics())
         cluster = consumer._client.cluster
-        brokers: dict[tuple[str, int], list[str]] = {}
-        for broker in cluster.brokers():
-            # kafka-python 3 keeps the bootstrap addresses apart, and calls the field node_id.
-            node = broker.nodeId if hasattr(broker, "nodeId") else broker.node_id
-            if not str(node).startswith("bootstrap"):
-                led = sorted(cluster.partitions_for_broker(node) or ())
-                names = [f"{t}/{p}" for t, p in led if t == settings.kafka_topic]
-                brokers[broker.host, broker.port] = names
-        if not brokers:
-            raise LookupError("it hung up each time")
-        if settings.kafka_topic not in topics:
-            raise LookupError
+        brokers = {}
+        for node, broker in cluster._brokers.items():  # without the bootstrap addresses
+            led = sorted(cluster.partitions_for_broker(node) or ())
+            names = [f"{t}/{p}" for t, p in led if t == settings.kafka_topic]
+            brokers[f"{broker.host}:{broker.port}"] = names
         return topics, brokers
-    finally:
-        consumer.close()
 
 
-def _wait_for_topic(
-    settings: Settings, where: str
-) -> tuple[set[str], dict[tuple[str, int], list[str]]]:
+def _wait_for_topic(settings: Settings, where: str) -> tuple[set[str], dict[str, list[str]]]:
     """The metadata, with the topic in it. A broker that has just started does not answer at
     first, and then for about 2 s without its topics: it is asked again before that is said."""
     silent = (
-        f"{where}: the broker accepted the connection and did not answer; is it Kafka, is"
-        f" KAFKA_SECURITY_PROTOCOL={settings.kafka_security_protocol} right, and are the user and"
-        " password right?"
+        f"{where}: the broker accepted the connection and did not answer; is it Kafka, and are"
+        f" KAFKA_SECURITY_PROTOCOL={settings.kafka_security_protocol}, the user and password right?"
     )
-    began = time.monotonic()
+    missing = (
+        f"KAFKA_TOPIC={settings.kafka_topic}: the topic does not exist at {where}, or this user"
+        " may not see it; create it with kafka-topics.sh --create"
+    )
+    deadline = time.monotonic() + 9
     while True:
         try:
-            return background(_ask_metadata, settings).result(began + 9 - time.monotonic())
-        except TimeoutError:
-            raise Failure(f"{silent}{last_words}") from None
-        except LookupError as error:
-            problem = (
-                f"{silent}{last_words}"
-                if error.args
-                else (
-                    f"KAFKA_TOPIC={settings.kafka_topic}: the topic does not exist at {where}, or"
-                    " this user may not see it; create it with kafka-topics.sh --create"
-                )
-            )
-        except KafkaError as error:
-            problem = f"{silent} {type(error).__name__}: {error}{last_words}"
+            asked = background(_ask_metadata, settings)
+            topics, brokers = asked.result(deadline - time.monotonic())
+            if settings.kafka_topic in topics:
+                return topics, brokers
+            problem = missing if brokers else f"{silent}{last_words}"
+        except (KafkaError, TimeoutError) as error:
+            problem = f"{silent} {error!r}{last_words}"
         except (OSError, ValueError, AssertionError) as error:
-            raise Failure(f"{where}: {type(error).__name__}: {error}{last_words}") from None
-        if time.monotonic() - began > 5:
+            problem = f"{where}: {error!r}{last_words}"
+        if time.monotonic() > deadline - 4:  # too late to ask once more
             raise Failure(problem)
         time.sleep(0.25)
 
@@ -924,9 +830,8 @@ def check_kafka(settings: Settings) -> set[str]:
     Returns the names of all topics. Raises Failure; takes 15 s at most. A broker that cannot be
     reached while others can is a warning.
     """
+    servers = set(settings.kafka_bootstrap_servers)
     where = f"KAFKA_BOOTSTRAP_SERVERS={','.join(settings.kafka_bootstrap_servers)}"
-    split = [server.rpartition(":") for server in settings.kafka_bootstrap_servers]
-    servers = {(host.strip("[]"), int(port)) for host, _, port in split}
     problems = _unreachable(servers)
     if len(problems) == len(servers):
         raise Failure(
@@ -980,9 +885,8 @@ class Stop:
             signal.signal(number, signal.SIG_DFL)
 
     def _thread_died(self, args: threading.ExceptHookArgs) -> None:
-        name = args.thread.name if args.thread else "?"
-        error = f"{args.exc_type.__name__}: {args.exc_value}"
-        self.dead_thread = f"the thread {name} ended unexpectedly: {error}"
+        what = f"the thread {getattr(args.thread, 'name', '?')} ended unexpectedly"
+        self.dead_thread = f"{what}: {args.exc_type.__name__}: {args.exc_value}"
 
     def _watch(self) -> None:
         while not self.requested:
@@ -990,10 +894,8 @@ class Stop:
         if pending := self.under_way():
             log.warning("stopping: %s; again to stop now", pending)
         time.sleep(4)
-        timer = threading.Timer(0.3, os._exit, [self.code])  # should even stderr be blocked
-        timer.daemon = True
-        timer.start()
         level = logging.ERROR if self.code else logging.WARNING
-        text = "stopped without an answer from the other side%s"
-        log.log(level, text, self.farewell())
+        text = f"stopped without an answer from the other side{self.farewell()}"
+        with suppress(TimeoutError):  # even stderr may be blocked
+            background(log.log, level, "%s", text).result(0.3)
         os._exit(self.code)

@@ -90,6 +90,8 @@ def test_the_example_file_names_every_setting_once_and_is_valid():
     [
         ("KAFKA_BOOTSTRAP_SERVERS", "a:1, b.c-d_e:65535", ("a:1", "b.c-d_e:65535")),
         ("KAFKA_BOOTSTRAP_SERVERS", "[::1]:9092", ("[::1]:9092",)),
+        ("KAFKA_BOOTSTRAP_SERVERS", "[fe80::1%eth0]:9092", ("[fe80::1%eth0]:9092",)),
+        ("KAFKA_BOOTSTRAP_SERVERS", "broker.local.:9092", ("broker.local.:9092",)),
         ("KAFKA_TOPIC", "a.b_C-9", "a.b_C-9"),
         ("KAFKA_GROUP_ID", "a group", "a group"),
         ("KAFKA_AUTO_OFFSET_RESET", "earliest", "earliest"),
@@ -132,7 +134,7 @@ def test_a_setting_is_read_as(name, text, value):
         (
             "KAFKA_BOOTSTRAP_SERVERS",
             "|host|host:|:9092|host:99999|host:0|host:x|a:1,|a:1 b:2|[::1:9092|[zz]:9092|::1:9092"
-            f"|a..b:9092|{'x' * 64}:9092|u@h:1|kafka://host:9092|host:9092/".split("|"),
+            f"|a..b:9092|{'x' * 64}:9092|ü:9092|u@h:1|kafka://host:9092|host:9092/".split("|"),
         ),
         ("KAFKA_TOPIC", ["", ".", "..", "a b", "a/b", "ü", "x" * 250, "a\n"]),
         ("KAFKA_GROUP_ID", ["", " "]),
