@@ -58,7 +58,7 @@ from urllib.parse import urlsplit
 from dotenv.parser import Binding, parse_stream
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition, codec
 from kafka.consumer import group
-from kafka.errors import KafkaError, KafkaTimeoutError
+from kafka.errors import KafkaError, KafkaTimeoutError, UnsupportedCodecError
 from kafka.record import memory_records
 
 HERE = Path(__file__).resolve().parent
@@ -99,7 +99,6 @@ HINTS = {
     "NoSuchBucket": "create it, or correct S3_BUCKET",
     "RequestTimeTooSkewed": "set this machine's clock",
     "ResponseParserError": NOT_S3,
-    "UnsupportedCodecError": "pip install python-snappy, lz4 or zstandard",
     "InvalidObjectState": "it is in an archive (Glacier): restore it, or change S3_PREFIX",
     **dict.fromkeys(CREDENTIALS, "check or renew the AWS credentials"),
 }
@@ -162,14 +161,16 @@ def _matching(pattern: str, must: str, convert: Parser = str) -> Parser:
     return parse
 
 
-def _number(low: int, high: int, kind: type = int) -> Parser:
+def _number(low: int, high: float, kind: type = int) -> Parser:
     words = "a whole number" if kind is int else "a number"
+    upper = "" if high == math.inf else f" and at most {high}"
 
     def parse(text: str) -> Any:
         with suppress(ValueError):
-            if low <= kind(text) <= high:
-                return kind(text)
-        raise ValueError(f"must be {words}, at least {low} and at most {high}")
+            number = kind(text)
+            if low <= number <= high and number != math.inf:
+                return number
+        raise ValueError(f"must be {words}, at least {low}{upper}")
 
     return parse
 
@@ -245,7 +246,7 @@ class Settings:
     kafka_key_column: str = _setting("")
     kafka_compression_type: str = _choice("", "gzip", "snappy", "lz4", "zstd")
     csv_path: Path = _setting("indexProcessed.csv", _path)  # noqa: RUF009 (Path is no default)
-    messages_per_second: float = _setting("1", _number(0, 10**9, float))
+    messages_per_second: float = _setting("1", _number(0, math.inf, float))
     random_seed: int | None = _setting("", _optional(_seed))
     s3_bucket: str = _setting("", _optional(_bucket))
     s3_prefix: str = _setting("", _prefix)
@@ -740,8 +741,12 @@ class _Fetcher(group.Fetcher):
 
 
 def _unreadable(tp: TopicPartition, offset: int, error: Exception) -> Unreadable:
+    hint = ""
+    if isinstance(error, UnsupportedCodecError):
+        packages = [_CODECS[name] for name in _CODECS if name in str(error).lower()]
+        hint = f" (pip install {' '.join(packages)})"
     return Unreadable(
-        f"the record at {tp.topic}/{tp.partition}/{offset} cannot be read: {explain(error)};"
+        f"the record at {tp.topic}/{tp.partition}/{offset} cannot be read: {explain(error)}{hint};"
         f" nothing from it on is committed. To go on without it: stop the group and"
         f" kafka-consumer-groups.sh --reset-offsets --topic {tp.topic}:{tp.partition}"
         f" --to-offset {offset + 1} --execute"
@@ -778,7 +783,11 @@ def _unreachable(addresses: Iterable[str]) -> dict[str, str]:
 
     tried = {address: background(reach, address) for address in addresses}
     errors = {address: attempt.exception() for address, attempt in tried.items()}
-    return {where: f"{where}: {explain(error)}" for where, error in errors.items() if error}
+    return {
+        where: f"{where}: {getattr(error, 'strerror', None) or explain(error)}"
+        for where, error in errors.items()
+        if error
+    }
 
 
 def _ask_metadata(settings: Settings) -> tuple[set[str], dict[str, list[str]]]:
