@@ -238,6 +238,10 @@ def chunks(path: Path) -> Iterator[pd.DataFrame]:
     """The rows, each cell as text, CHUNK at a time."""
     options: dict[str, Any] = {"dtype": object, "na_filter": False, "index_col": False}
     with open_text(path) as text:
+        if not any("\n" in line for line in text):
+            # Not told so, pandas reads rows again at a line that begins with a blank.
+            options["lineterminator"] = "\r"
+    with open_text(path) as text:
         for number, chunk in enumerate(pd.read_csv(text, chunksize=CHUNK, **options), 1):
             yield chunk
             if number * CHUNK % PROGRESS == 0:

@@ -242,6 +242,19 @@ def test_a_long_column_has_one_type_though_a_word_comes_late(rows):
     assert {row["b"].text for row in found} == {"1.50", "3"}
 
 
+def test_a_file_of_short_rows_alone_has_null_for_what_is_not_there(rows):
+    assert rows("a,b,c\n1,2\n3\n") == [
+        numbers({"a": 1, "b": 2, "c": None}),
+        numbers({"a": 3, "b": None, "c": None}),
+    ]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_cell_that_begins_with_a_blank_repeats_no_row(rows, end):
+    found = rows(end.join(["a,b", " 7,1", "2,3", ""]))
+    assert found == [numbers({"a": 7, "b": 1}), numbers({"a": 2, "b": 3})]
+
+
 def test_the_key_is_the_column_that_was_asked_for(tmp_path):
     file = tmp_path / "x.csv"
     file.write_text("Index,n\nHSI,1\nÜ,2\n,3\n", encoding="utf-8")
