@@ -14,7 +14,9 @@ if __name__ == "__main__":  # Ctrl-C while the imports run, a second or two: no 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
+import codecs
 import csv
+import io
 import json
 import logging
 import math
@@ -23,14 +25,14 @@ import queue
 import random
 import re
 import sys
-import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TextIO
 
 import config  # before the packages: it says in one line which of them is missing
 from config import Failure, Settings, SettingsError, Stop, output, status
@@ -39,6 +41,7 @@ from config import Failure, Settings, SettingsError, Stop, output, status
 import pandas as pd
 from kafka import KafkaProducer
 from kafka.errors import KafkaTimeoutError
+from pandas._libs.parsers import STR_NA_VALUES  # type: ignore[import-not-found]
 from pandas.io.common import get_handle  # type: ignore[import-not-found]
 
 log = logging.getLogger(__name__)
@@ -50,22 +53,13 @@ Row = tuple[bytes | None, bytes]  # key, value
 CHUNK = 20_000  # rows that are Python objects at one time
 PROGRESS = 500_000  # rows, about a second's, after which a long reading shows how far it is
 
-# What pandas reads as missing, and the lone dashes of exchanges' files.
-_MISSING = (
-    r"#N/A|#N/A N/A|#NA|-1\.#IND|-1\.#QNAN|-NaN|-nan|1\.#IND|1\.#QNAN|<NA>|N/A|NA|NULL|NaN|None|n/a"
-    r"|nan|null|-|--"
-)
-MISSING = frozenset(("", *_MISSING.replace("\\", "").split("|")))
+# What is missing in a column of numbers: what pandas takes for it, and exchanges' lone dashes.
+MISSING = STR_NA_VALUES | {"", "-", "--"}
 
-# A number as JSON has it; as people write it, with a plus sign or no digit on one side of the
-# point; a cell of a column of numbers. Possessive (++), for a whole column is matched as one text.
-_JSON_NUMBER = r"-?(?:0|[1-9][0-9]*+)(?:\.[0-9]++)?+(?:[eE][+-]?[0-9]++)?+"
-_NUMBER = r"[+-]?(?:(?:0|[1-9][0-9]*+)(?:\.[0-9]*+)?+|\.[0-9]++)(?:[eE][+-]?[0-9]++)?+"
-_CELL = rf"\s*+(?:(?:{_NUMBER}|{_MISSING})\s*+)?(?=\0)"
-
-# The kinds of a column, and what the cells of the first two look like, a NUL behind each.
-JSON_NUMBERS, NUMBERS, TEXT = range(3)
-_CELLS = [re.compile(rf"(?>{cell}\0)*+") for cell in (_JSON_NUMBER, _CELL)]
+# A number as people write it, with a plus sign or no digit on one side of the point: its sign,
+# whole part, fraction and exponent. Below: many numbers of JSON, a NUL behind each.
+_NUMBER = re.compile(r"(?a)(?=[+-]?\.?\d)(?:\+|(-?))(0|[1-9]\d*)?(?:(\.\d+)|\.)?([eE][+-]?\d+)?")
+_JSON_NUMBERS = re.compile(r"(?a)(?>-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?\0)*+")
 
 # How the first two records look of a file that is no CSV, and what it is.
 _NO_CSV = (
@@ -78,139 +72,70 @@ _NO_CSV = (
 )
 
 
-class CsvFile:
-    """A CSV file as people have them; every cell is text.
+def wrong(path: Path, what: str) -> SettingsError:
+    return SettingsError(f"CSV_PATH={str(path)!r} {what}")
 
-    Raises SettingsError for a file that is no such CSV: one line that says what it is, in which
-    line of the file, and what to do. What is only odd is gathered in `oddities`.
-    """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.name = f"CSV_PATH={str(path)!r}"
-        self.format: dict[str, Any] = {"encoding": "utf-8-sig", "compression": "infer"}
-        self.short: list[int] = []  # the lines of rows with fewer fields than the header
-        if not path.is_file():
-            raise self.wrong("is no file (a folder, or a pipe)")
-        try:
-            # get_handle is how read_csv itself opens a file of any compression.
-            with get_handle(path, "rb", is_text=False, compression="infer") as opened:
-                if opened.handle.read(2) in (b"\xff\xfe", b"\xfe\xff"):
-                    self.format["encoding"] = "utf-16"
-            self.check_records()
-        except SettingsError:
-            raise
-        except Exception as error:  # each decompressor has errors of its own
-            with suppress(OSError), path.open("rb") as file:
-                self.check_kind(file.read(1000).decode("latin-1"))
-            hint = "if it is an archive, it may be damaged or cut short: fetch it again"
-            why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-            raise self.wrong(f"cannot be read: {' '.join(why.split())}; {hint}") from None
+def check_kind(path: Path, start: str) -> None:
+    for pattern, what in _NO_CSV:
+        if re.match(pattern, start, re.IGNORECASE):
+            raise wrong(path, what)
 
-    def wrong(self, what: str) -> SettingsError:
-        return SettingsError(f"{self.name} {what}")
 
-    def check_kind(self, start: str) -> None:
-        for pattern, what in _NO_CSV:
-            if re.match(pattern, start, re.IGNORECASE):
-                raise self.wrong(what)
+@contextmanager
+def open_text(path: Path) -> Iterator[TextIO]:
+    """The text of a file in UTF-8, or in UTF-16 with its byte order mark, compressed or not.
+    Bytes that are neither become surrogates."""
+    with get_handle(path, "rb", is_text=False, compression="infer") as opened:  # as in read_csv
+        marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        encoding = "utf-16" if opened.handle.read(2) in marks else "utf-8-sig"
+        opened.handle.seek(0)
+        yield io.TextIOWrapper(opened.handle, encoding, errors="surrogateescape", newline="")
 
-    def check_records(self) -> None:
-        """Find what pandas passes over in silence: it cuts a cell off at a NUL, and at the
-        header's width a row that begins a chunk; it fills a short row up."""
-        width, start = 0, ""
-        for self.last_line, record in self.records():  # noqa: B020
-            text = ",".join(record)
-            if "\0" in text or not text.isascii():
-                self.check_text(text)
-            if start.count("\n") < 2:
-                start += text.replace("\n", " ") + "\n"
-                self.check_kind(start)
-            width = width or len(record)
-            if len(record) > width:
-                fields = f"line {self.last_line} has {len(record)}, the header {width}"
-                raise self.wrong(f"has rows with more fields than the header: {fields}")
-            if len(record) < width:
-                self.short.append(self.last_line)
-        if not width:
-            raise self.wrong("is empty")
 
-    def check_text(self, text: str) -> None:
-        """Refuse a record with a NUL, or with a byte that surrogateescape had to keep."""
-        if bad := re.search("[\0\udc80-\udcff]", text):
-            line = self.last_line + len(re.findall("\r\n?|\n", text[: bad.start()]))
-            if bad[0] == "\0":
-                raise self.wrong(f"has a NUL byte in line {line}: it is damaged, or no text")
-            byte = f"0x{ord(bad[0]) - 0xDC00:02x}"
-            raise self.wrong(f"is not UTF-8: line {line} has the byte {byte}; save it as UTF-8")
+def checked_lines(path: Path, text: TextIO) -> Iterator[str]:
+    """The lines as they come. Raises SettingsError for a NUL, at which pandas would cut the cell
+    off in silence, and for bytes of another encoding."""
+    for number, line in enumerate(text, 1):
+        is_plain = line.isascii() and "\0" not in line  # a search takes longer
+        bad = None if is_plain else re.search("[\0\udc80-\udcff]", line)
+        if bad and bad[0] == "\0":
+            raise wrong(path, f"has a NUL byte in line {number}: it is damaged, or no text")
+        if bad:
+            where = f"line {number} has the byte 0x{ord(bad[0]) - 0xDC00:02x}"
+            raise wrong(path, f"is not UTF-8: {where}; save it as UTF-8")
+        yield line
 
-    def records(self) -> Iterator[tuple[int, list[str]]]:
-        """Each record, the header first, with the line of the file on which it begins. Blank
-        lines are none, as in pandas."""
-        csv.field_size_limit(2**31 - 1)
+
+def records(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Each record, the header first, with the line of the file on which it begins. Blank lines
+    are none, as in pandas."""
+    csv.field_size_limit(2**31 - 1)
+    with open_text(path) as text:
+        reader = csv.reader(checked_lines(path, text))
         line = 1
-        with get_handle(self.path, "r", errors="surrogateescape", **self.format) as opened:
-            reader = csv.reader(opened.handle)
-            for number, record in enumerate(reader, 1):
-                if len(record) > 1 or "".join(record).strip(" \t"):
-                    yield line, record
-                line = reader.line_num + 1
-                if number % PROGRESS == 0:
-                    status(log, "checking %s: %d lines", self.path.name, line)
-
-    def line(self, row: int) -> int:
-        """The line of the file on which a row begins; the first row is 0, the header -1."""
-        return next(islice(self.records(), row + 1, None))[0]
-
-    def chunks(self) -> Iterator[pd.DataFrame]:
-        """The rows as text, CHUNK at a time, as columns with the names that pandas gives."""
-        options: dict[str, Any] = {"dtype": object, "na_filter": False, "index_col": False}
-        rows = 0
-        try:
-            for chunk in pd.read_csv(self.path, chunksize=CHUNK, **self.format, **options):
-                yield chunk
-                rows += len(chunk)
-                if rows and rows % PROGRESS == 0:
-                    status(log, "reading %s: %d rows", self.path.name, rows)
-        except pd.errors.ParserError:
-            raise self.wrong(f"has a quote in line {self.last_line} that nothing closes") from None
+        for record in reader:
+            if len(record) > 1 or "".join(record).strip(" \t"):
+                yield line, record
+            line = reader.line_num + 1
+            if line % PROGRESS == 0:
+                status(log, "checking %s: %d lines", path.name, line)
 
 
-_quote = json.JSONEncoder(ensure_ascii=False).encode
-
-
-class Column:
-    """What is known of a column after its cells up to now; its kind is decided over the file."""
-
-    kind = JSON_NUMBERS
-    numbers = 0
-    others = 0  # cells that are neither a number nor missing
-    first_other = (0, "")  # its row and its text
-
-    def learn(self, cells: list[str], row: int) -> None:
-        """Take more cells into account; the first of them is in row `row`."""
-        text = "\0".join([*cells, ""])
-        while self.kind < TEXT and not _CELLS[self.kind].fullmatch(text):
-            self.kind += 1
-        others = []
-        if self.kind == TEXT:
-            good = {cell for cell in set(cells) if _CELLS[NUMBERS].fullmatch(f"{cell}\0")}
-            others = [at for at, cell in enumerate(cells) if cell not in good]
-        if others and not self.others:
-            self.first_other = (row + others[0], cells[others[0]])
-        self.others += len(others)
-        self.numbers += len(cells) - len(others) - sum(map(MISSING.__contains__, cells))
-
-
-def number_json(cell: str) -> str:
-    """A cell of a column of numbers: its own digits, in the form that JSON wants."""
+def number_json(cell: str) -> str | None:
+    """A cell of a column of numbers: its own digits, in the form that JSON wants; "null" for a
+    missing one. None for what is no number: its column is one of text."""
     text = cell.strip()
     if text in MISSING:
         return "null"
-    if re.fullmatch(_JSON_NUMBER, text):
-        return text
-    text = re.sub(r"^(-?)\.", r"\g<1>0.", text.removeprefix("+"))
-    return re.sub(r"\.(?![0-9])", "", text)
+    number = _NUMBER.fullmatch(text)
+    if not number:
+        return None
+    sign, whole, fraction, exponent = number.groups("")
+    return f"{sign}{whole or 0}{fraction}{exponent}"
+
+
+_quote = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def text_json(cell: str) -> str:
@@ -218,90 +143,166 @@ def text_json(cell: str) -> str:
     return _quote(cell) if cell else "null"
 
 
-_FORMS = {NUMBERS: number_json, TEXT: text_json}
+class Column:
+    """What is known of a column after its cells up to now; its form is decided over the file."""
+
+    as_it_stands = True  # every cell is a number of JSON
+    filled = 0  # cells that are not missing
+    others = 0  # those of them that are no number
+    first_other = (0, "")  # its row and its text
+
+    def learn(self, cells: list[str], row: int) -> None:
+        """Take more cells into account; the first of them is in row `row`."""
+        self.filled += len(cells) - sum(map(MISSING.__contains__, cells))
+        if _JSON_NUMBERS.fullmatch("\0".join([*cells, ""])):
+            return
+        self.as_it_stands = False
+        words = {cell for cell in set(cells) if number_json(cell) is None}
+        others = [at for at, cell in enumerate(cells) if cell in words]
+        if others and not self.others:
+            self.first_other = (row + others[0], cells[others[0]])
+        self.others += len(others)
+
+
+def check_records(path: Path) -> list[int]:
+    """Find what pandas passes over in silence: it cuts a cell off at a NUL, and at the header's
+    width a row that begins a chunk; it fills a short row up.
+
+    Returns the lines of the short rows. Raises SettingsError for the others, and for a file that
+    is something else.
+    """
+    start = [",".join(record).replace("\n", " ") for _, record in islice(records(path), 2)]
+    check_kind(path, "\n".join(start))
+    if not start:
+        raise wrong(path, "is empty")
+    width = 0
+    short = []
+    for line, record in records(path):
+        width = width or len(record)
+        if len(record) > width:
+            fields = f"line {line} has {len(record)}, the header {width}"
+            raise wrong(path, f"has rows with more fields than the header: {fields}")
+        if len(record) < width:
+            short.append(line)
+    return short
+
+
+def warn_of_oddities(path: Path, columns: Mapping[str, Column], short: Sequence[int]) -> None:
+    """Say what is no error and perhaps not meant: a line a kind, with the count and the first."""
+    header_line, header = next(records(path))
+    names = zip(header, columns, strict=True)
+    if renamed := [f"{old!r} is {new!r}" for old, new in names if old != new]:
+        what = "CSV_PATH=%r, line %d: %d columns have no name, or one that is taken: %s"
+        log.warning(what, str(path), header_line, len(renamed), ", ".join(renamed[:5]))
+    if short:
+        what = "CSV_PATH=%r: %d rows have fewer fields than the header, the first in line %d"
+        log.warning(what, str(path), len(short), short[0])
+    mixed = [name for name in columns if 0 < 2 * columns[name].others < columns[name].filled]
+    told = []
+    for name in mixed[:5]:
+        row, text = columns[name].first_other
+        line, _ = next(islice(records(path), row + 1, None), ("?", []))
+        others = f"{columns[name].others} cells of {name!r} are none"
+        told.append(f"{others}, the first {text[:99]!r} in line {line}")
+    if told:
+        what = "CSV_PATH=%r: %d columns of text have numbers in most cells: %s"
+        log.warning(what, str(path), len(mixed), "; ".join(told))
 
 
 def row_maker(columns: Mapping[str, Column], key_column: str) -> Callable[[str], Row | None]:
     """A function from a row's cells, with NULs between, to its key and value; None for a row
     without any value."""
-    forms = [(at, _FORMS[column.kind]) for at, column in enumerate(columns.values()) if column.kind]
-    names = [_quote(name).replace("%", "%%") for name in columns]
-    template = "{" + ", ".join(f"{name}: %s" for name in names) + "}"
-    no_value = ["null"] * len(names)
+    forms: dict[int, Callable[[str], str | None]] = {}
+    for at, column in enumerate(columns.values()):
+        if not column.as_it_stands:
+            forms[at] = text_json if column.others else number_json
+    members = [_quote(name).replace("%", "%%") + ": %s" for name in columns]
+    template = "{" + ", ".join(members) + "}"
+    no_value = ["null"] * len(columns)
     key_at = list(columns).index(key_column) if key_column else None
 
-    def make(line: str) -> Row | None:
-        cells = line.split("\0")
-        key = None if key_at is None else cells[key_at].encode()
-        for at, form in forms:
-            cells[at] = form(cells[at])
-        if cells == no_value:
+    def make(row: str) -> Row | None:
+        values: list[Any] = row.split("\0")
+        key = "" if key_at is None else values[key_at]
+        for at, form in forms.items():
+            values[at] = form(values[at])
+        if values == no_value:
             return None
-        if key_at is not None and cells[key_at] == "null":
-            key = None
-        return key, (template % tuple(cells)).encode()
+        has_key = key_at is not None and values[key_at] != "null"
+        return key.encode() if has_key else None, (template % tuple(values)).encode()
 
     return make
+
+
+def chunks(path: Path) -> Iterator[pd.DataFrame]:
+    """The rows, each cell as text, CHUNK at a time."""
+    options: dict[str, Any] = {"dtype": object, "na_filter": False, "index_col": False}
+    with open_text(path) as text:
+        if not any("\n" in line for line in text):
+            # Not told so, pandas reads rows again at a line that begins with a blank.
+            options["lineterminator"] = "\r"
+    with open_text(path) as text:
+        for number, chunk in enumerate(pd.read_csv(text, chunksize=CHUNK, **options), 1):
+            yield chunk
+            if number * CHUNK % PROGRESS == 0:
+                status(log, "reading %s: %d rows", path.name, number * CHUNK)
+
+
+def read_table(path: Path) -> tuple[list[Any], dict[str, Column], list[int]]:
+    """The rows, each as its cells with NULs between; the columns, by the names that pandas gives;
+    the lines of the short rows. Raises SettingsError for a file that is no such CSV."""
+    try:
+        short = check_records(path)
+        rows: list[Any] = []
+        columns: dict[str, Column] = defaultdict(Column)
+        for chunk in chunks(path):
+            cells = {str(name): chunk[name].tolist() for name in chunk}
+            for name, some in cells.items():
+                columns[name].learn(some, len(rows))
+            rows += map("\0".join, zip(*cells.values(), strict=True))
+        return rows, columns, short
+    except SettingsError:
+        raise
+    except pd.errors.ParserError:
+        line, _ = deque(records(path), 1)[0]
+        raise wrong(path, f"has a quote in line {line} that nothing closes") from None
+    except Exception as error:  # each decompressor has errors of its own
+        with suppress(OSError), path.open("rb") as file:
+            check_kind(path, file.read(1000).decode("latin-1"))
+        hint = "if it is an archive, it may be damaged or cut short: fetch it again"
+        raise wrong(path, f"cannot be read: {config.explain(error)}; {hint}") from None
 
 
 def read_rows(path: Path, key_column: str = "") -> list[Row]:
     """The rows of a CSV file as (key, value): one JSON object each, UTF-8, in the CSV's column
     order. A number has the digits of the CSV, missing is null, rows with no value are left out.
 
-    Raises SettingsError for a file that is no such CSV, or has no column `key_column`.
+    Raises SettingsError for a file that is no such CSV, or has no column `key_column`: one line
+    that says what it is, in which line of the file, and what to do.
     """
-    file = CsvFile(path)
-    columns: dict[str, Column] = {}
-    lines: list[Any] = []
-    for chunk in file.chunks():
-        columns = columns or {str(name): Column() for name in chunk}
-        cells = [chunk[name].tolist() for name in columns]
-        for column, some in zip(columns.values(), cells, strict=True):
-            column.learn(some, len(lines))
-        lines.extend(map("\0".join, zip(*cells, strict=True)))
+    if not path.is_file():
+        raise wrong(path, "is no file (a folder, or a pipe)")
+    table, columns, short = read_table(path)
     if key_column and key_column not in columns:
-        there = ", ".join(map(repr, columns))
-        raise SettingsError(f"KAFKA_KEY_COLUMN={key_column!r}: {file.name} has only {there}")
-    warn_of_oddities(file, columns)
+        only = f"CSV_PATH={str(path)!r} has only {', '.join(map(repr, columns))}"
+        raise SettingsError(f"KAFKA_KEY_COLUMN={key_column!r}: {only}")
+    warn_of_oddities(path, columns, short)
     make = row_maker(columns, key_column)
-    for at, line in enumerate(lines):  # in place, or the file would be in memory twice
-        lines[at] = make(line)
-    rows: list[Row] = list(filter(None, lines))
+    for at, row in enumerate(table):  # in place, or the file would be in memory twice
+        table[at] = make(row)
+    rows = list(filter(None, table))
     if not rows:
-        raise file.wrong("has no rows with a value in them")
-    if dropped := len(lines) - len(rows):
-        log.warning("%d of %d rows have no value at all and are left out", dropped, len(lines))
+        raise wrong(path, "has no rows with a value in them")
+    if dropped := len(table) - len(rows):
+        log.warning("%d of %d rows have no value at all and are left out", dropped, len(table))
     return rows
-
-
-def warn_of_oddities(file: CsvFile, columns: Mapping[str, Column]) -> None:
-    """Say what is no error and perhaps not meant: a line a kind, with the count and the first."""
-    line, header = next(file.records())
-    names = zip(header, columns, strict=True)
-    if renamed := [f"{old!r} is {new!r}" for old, new in names if old != new]:
-        what = "%s, line %d: %d columns have no name, or one that is taken: %s"
-        log.warning(what, file.name, line, len(renamed), ", ".join(renamed[:5]))
-    if file.short:
-        what = "%s: %d rows have fewer fields than the header, the first in line %d"
-        log.warning(what, file.name, len(file.short), file.short[0])
-    texts = {name: column for name, column in columns.items() if column.kind == TEXT}
-    mixed = [name for name, column in texts.items() if column.numbers > column.others]
-    told = []
-    for name in mixed[:5]:
-        row, text = columns[name].first_other
-        others = f"{columns[name].others} cells of {name!r} are none"
-        told.append(f"{others}, the first {text[:99]!r} in line {file.line(row)}")
-    if told:
-        what = "%s: %d columns of text have numbers in most cells: %s"
-        log.warning(what, file.name, len(mixed), "; ".join(told))
 
 
 def sample(rows: Sequence[Row], seed: int | None) -> Iterator[Row]:
     """Rows at random with replacement, without end; the same ones again for the same seed."""
     rng = random.Random(seed)
-    count = len(rows)
     while True:
-        yield rows[int(rng.random() * count)]
+        yield rows[int(rng.random() * len(rows))]
 
 
 # ---------------------------------------------------------------------- lines of JSON from a pipe
@@ -309,59 +310,16 @@ def sample(rows: Sequence[Row], seed: int | None) -> Iterator[Row]:
 MAX_LINE = 2**25  # bytes; the client takes no larger record
 
 
+class BadInput(Failure):
+    """Input that is no record; what was before it is sent all the same."""
+
+
 def _no_json(text: str) -> None:
     raise ValueError(f"{text} is no JSON")
 
 
-class BadLine(Failure):
-    """A line of the input that is no record; what was before it is sent all the same."""
-
-
 # Numbers stay text: a key has the digits of the line, and none has too many.
 _JSON = json.JSONDecoder(parse_constant=_no_json, parse_int=str, parse_float=str)
-
-
-def read_lines(lines: queue.Queue[bytes | OSError]) -> None:
-    """Put each line of standard input into `lines`, then an empty one or why there are no more."""
-    try:
-        with open(0, "rb", closefd=False) as stream:
-            for line in iter(lambda: stream.readline(MAX_LINE), b""):
-                lines.put(line)
-        lines.put(b"")
-    except OSError as error:
-        lines.put(error)
-
-
-def json_lines(key_field: str) -> Iterator[Row | None]:
-    """The lines of standard input as (key, value), without their line ends; None while there is
-    none. A thread reads at most 16 lines ahead. Blank lines are left out.
-
-    Raises BadLine for a line that is no JSON object.
-    """
-    lines: queue.Queue[bytes | OSError] = queue.Queue(16)
-    threading.Thread(target=read_lines, args=[lines], daemon=True).start()
-    number = 0
-    while True:
-        try:
-            line = lines.get(timeout=0.05)
-        except queue.Empty:
-            yield None
-            continue
-        if isinstance(line, OSError):
-            raise BadLine(f"--stdin: the input cannot be read: {line.strerror}")
-        if not line:
-            return
-        number += 1
-        value = line.removesuffix(b"\n").removesuffix(b"\r")
-        if not value.strip():
-            continue
-        try:
-            key = key_of(value, key_field)
-        except (ValueError, RecursionError) as error:
-            why = getattr(error, "msg", error)  # JSON's own error counts lines too
-            start = value[:200].decode(errors="backslashreplace")
-            raise BadLine(f"--stdin: line {number} is no JSON object: {why}: {start}") from None
-        yield key, value
 
 
 def key_of(value: bytes, field: str) -> bytes | None:
@@ -372,9 +330,42 @@ def key_of(value: bytes, field: str) -> bytes | None:
     key = record.get(field) if field else None
     if isinstance(key, dict | list):
         raise ValueError(f"its field {field!r} is the key, and neither text nor a number")
-    if key is None:
-        return None
-    return (key if isinstance(key, str) else json.dumps(key)).encode()
+    text = key if isinstance(key, str) else json.dumps(key)
+    return None if key is None else text.encode()
+
+
+def read_lines(stream: IO[bytes], key_field: str, rows: queue.Queue[Row]) -> None:
+    """Put each line into `rows` as (key, value), without its line end; blank lines are left out.
+    Raises BadInput for a line that is no JSON object."""
+    for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE), b""), 1):
+        value = line.removesuffix(b"\n").removesuffix(b"\r")
+        if not value.strip():
+            continue
+        try:
+            rows.put((key_of(value, key_field), value))
+        except (ValueError, RecursionError) as error:
+            why = getattr(error, "msg", str(error))  # JSON's own error counts lines too
+            start = value[:200].decode(errors="backslashreplace")
+            raise BadInput(f"--stdin: line {number} is no JSON object: {why}: {start}") from None
+
+
+def json_lines(stream: IO[bytes], key_field: str) -> Iterator[Row | None]:
+    """The rows of `read_lines`; None while there is none. A thread reads them, at most 16 ahead.
+
+    Raises BadInput for what is no row, when all before it were given.
+    """
+    rows: queue.Queue[Row] = queue.Queue(16)
+    reading = config.background(read_lines, stream, key_field, rows)
+    while not (reading.done() and rows.empty()):
+        try:
+            yield rows.get(timeout=0.05)
+        except queue.Empty:
+            yield None
+    error = reading.exception()
+    if isinstance(error, BadInput):
+        raise error
+    if error:
+        raise BadInput(f"--stdin: the input cannot be read: {config.explain(error)}")
 
 
 # ------------------------------------------------------------------------------------- the sending
@@ -383,29 +374,31 @@ PRINTED_RATE = 100  # msg/s up to which every record is waited for and printed
 MAX_UNACKNOWLEDGED = 5_000  # records under way at most: what is in memory when the broker is down
 
 
+@dataclass
 class Sender:
     """The line of records under way, as (record, future), oldest first. What is before the front
     is sent: the broker acknowledged it and all before it."""
 
-    def __init__(
-        self,
-        producer: KafkaProducer,
-        topic: str,
-        rate: float,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.producer, self.topic, self.rate, self.clock = producer, topic, rate, clock
+    producer: KafkaProducer
+    topic: str
+    rate: float  # msg/s; 0: as fast as possible
+    clock: Callable[[], float] = time.monotonic
+
+    def __post_init__(self) -> None:
+        self.printing = 0 < self.rate <= PRINTED_RATE
         self.line: deque[tuple[Row, Any]] = deque()
-        self.submitted = self.sent = self.failed = 0
+        self.sent = self.failed = self.reported_sent = 0
         self.last_success = 0.0
-        self.printing = 0 < rate <= PRINTED_RATE
-        self.started = clock()
-        self.reported, self.sent_then = self.started, 0
-        self.notices, self.answered_at = config.Notices(clock), self.started
+        self.started = self.reported_at = self.answered_at = self.clock()
+        self.notices = config.Notices(self.clock)
 
     @property
     def unacknowledged(self) -> int:
         return len(self.line)
+
+    @property
+    def submitted(self) -> int:
+        return self.sent + len(self.line)
 
     def due(self) -> float:
         """Seconds until the next record's time. The times are counted from the start, so that
@@ -417,60 +410,54 @@ class Sender:
         try:
             future = self.producer.send(self.topic, key=row[0], value=row[1])
         except KafkaTimeoutError:
-            self.say_silence()
+            self.report_silence()
             return False
         except Exception as error:
             raise self.refusal(error, row) from None
         self.line.append((row, future))
-        self.submitted += 1
         return True
 
     def settle(self, timeout: float) -> None:
         """Take what is acknowledged from the front of the line, and wait for the first of it,
         `timeout` seconds at most. Raises Failure for a record that the broker refused."""
-        sent_before = self.sent
-        while self.line and (timeout or self.line[0][1].is_done):
+        while self.line:
             row, future = self.line[0]
             try:
                 answer = future.get(timeout=timeout)
             except Exception as error:
-                if isinstance(error, KafkaTimeoutError) and not future.failed():
-                    self.say_silence()
-                    return
+                # A timeout that is not the future's own error: there was no answer in time.
+                if isinstance(error, KafkaTimeoutError) and error is not future.exception:
+                    break
                 raise self.refusal(error, row) from None
             timeout = 0
             self.line.popleft()
             self.sent += 1
+            self.answered_at, self.last_success = self.clock(), time.time()
             if self.printing:
                 print_record(row, answer)
-        if self.sent > sent_before:
-            self.last_success = time.time()
-        if self.sent > sent_before or not self.line:  # with nothing under way none is owed
-            self.notices.report({})
+        if not self.line:  # no answer is owed
             self.answered_at = self.clock()
+        self.report_silence()
 
-    def say_silence(self) -> None:
-        # Nothing was owed before the oldest one's time.
-        oldest = self.started + self.sent / self.rate if self.rate else self.started
-        self.answered_at = max(self.answered_at, oldest)
+    def report_silence(self) -> None:
+        """Say when an answer is owed for 2 s or longer, and when it has come."""
+        problems = {}
         seconds = self.clock() - self.answered_at
         if seconds >= 2:
-            text = (
-                f"no answer from the broker for {seconds:.0f} s: {len(self.line)} records wait, in"
-                f" order; none is dropped{config.last_words}"
-            )
-            problem = config.Problem(text, since=self.answered_at)
-            self.notices.report({"the broker answers": problem})
+            waiting = f"{len(self.line)} records wait, in order; none is dropped{config.last_words}"
+            text = f"no answer from the broker for {seconds:.0f} s: {waiting}"
+            problems["the broker answers"] = config.Problem(text, since=self.answered_at)
+        self.notices.report(problems)
 
     def report(self, limit: float) -> None:
         """The status line, each second above PRINTED_RATE or on a terminal."""
-        seconds = self.clock() - self.reported
+        seconds = self.clock() - self.reported_at
         if seconds < 1 or (self.printing and not sys.stderr.isatty()):
             return
         if self.line:
             self.settle(0)
-        speed = (self.sent - self.sent_then) / seconds
-        self.reported, self.sent_then = self.clock(), self.sent
+        speed = (self.sent - self.reported_sent) / seconds
+        self.reported_at, self.reported_sent = self.clock(), self.sent
         progress = f"sent {self.sent}"
         if limit < math.inf:
             left = f"{(limit - self.sent) / speed:.0f}" if speed else "?"
@@ -479,11 +466,9 @@ class Sender:
 
     def refusal(self, error: Exception, row: Row) -> Failure:
         self.failed += 1
-        start = row[1][:200].decode(errors="replace")
-        return Failure(
-            f"the broker refused a record for topic {self.topic}: {type(error).__name__}: {error};"
-            f" the record ({len(row[1])} bytes): {start}"
-        )
+        record = f"the record ({len(row[1])} bytes): {row[1][:200].decode(errors='replace')}"
+        why = f"{type(error).__name__}: {error}"
+        return Failure(f"the broker refused a record for topic {self.topic}: {why}; {record}")
 
     def farewell(self) -> str:
         """What the end leaves open, as the end of a sentence."""
@@ -508,44 +493,50 @@ def step(sender: Sender, row: Row | None, sleep: Callable[[float], None] = time.
         sender.started -= min(wait, 0)
         sender.settle(0.05)
         return True
-    if wait > 0 and not sender.line:
-        sleep(min(wait, 0.5))
-        return False
-    if wait > 0 or (sender.line and sender.printing) or len(sender.line) >= MAX_UNACKNOWLEDGED:
-        sender.settle(min(wait, 0.5) if wait > 0 else 0.5)
-        return False
-    return sender.submit(row)
+    most = 1 if sender.printing else MAX_UNACKNOWLEDGED
+    if wait <= 0 and len(sender.line) < most:
+        return sender.submit(row)
+    pause = min(wait, 0.5) if wait > 0 else 0.5
+    if not sender.line:
+        sleep(pause)
+    sender.settle(pause)
+    return False
 
 
 def send_all(sender: Sender, rows: Iterator[Row | None], limit: float, stop: Stop) -> None:
     """Send rows until there are no more, `limit` are sent, or `stop`."""
     for row in rows:
-        while not (stop.requested or step(sender, row)):
+        done = False
+        while not done:
+            if stop.requested:
+                return
+            stop.check()
+            done = step(sender, row)
             sender.report(limit)
-        if stop.requested or sender.submitted >= limit:
+        if sender.submitted >= limit:
             return
-        sender.report(limit)
 
 
 def run(sender: Sender, rows: Iterator[Row | None], limit: float, stop: Stop) -> None:
     """Send the rows, then wait for those under way (3 s after a stop).
 
-    Raises Failure for a record that the broker refused, and BadLine from `rows` when all before
-    it are acknowledged.
+    Raises Failure for a record that the broker refused or a thread that died, and BadInput from
+    `rows` when all before it are acknowledged.
     """
-    bad_line = None
+    bad_input = None
     try:
         send_all(sender, rows, limit, stop)
-    except BadLine as error:
-        bad_line = error
+    except BadInput as error:
+        bad_input = error
     while sender.line and not stop.requested:
+        stop.check()
         sender.settle(0.5)
         sender.report(limit)
     deadline = sender.clock() + 3
     while sender.line and sender.clock() < deadline:
         sender.settle(0.5)
-    if bad_line:
-        raise bad_line
+    if bad_input:
+        raise bad_input
 
 
 def csv_exists(values: Mapping[str, Any]) -> str:
@@ -578,7 +569,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         stop = Stop()
         rows: Iterator[Row | None]
         if args.stdin:
-            rows = json_lines(settings.kafka_key_column)
+            # Not sys.stdin's buffer: at the exit Python would wait for the thread that reads it.
+            rows = json_lines(open(0, "rb", closefd=False), settings.kafka_key_column)  # noqa: SIM115
         else:
             table = read_rows(settings.csv_path, settings.kafka_key_column)
             rows = sample(table, settings.random_seed)

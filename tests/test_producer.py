@@ -2,6 +2,7 @@
 
 import csv
 import inspect
+import io
 import json
 import logging
 import math
@@ -241,6 +242,19 @@ def test_a_long_column_has_one_type_though_a_word_comes_late(rows):
     assert {row["b"].text for row in found} == {"1.50", "3"}
 
 
+def test_a_file_of_short_rows_alone_has_null_for_what_is_not_there(rows):
+    assert rows("a,b,c\n1,2\n3\n") == [
+        numbers({"a": 1, "b": 2, "c": None}),
+        numbers({"a": 3, "b": None, "c": None}),
+    ]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_cell_that_begins_with_a_blank_repeats_no_row(rows, end):
+    found = rows(end.join(["a,b", " 7,1", "2,3", ""]))
+    assert found == [numbers({"a": 7, "b": 1}), numbers({"a": 2, "b": 3})]
+
+
 def test_the_key_is_the_column_that_was_asked_for(tmp_path):
     file = tmp_path / "x.csv"
     file.write_text("Index,n\nHSI,1\nÜ,2\n,3\n", encoding="utf-8")
@@ -420,7 +434,7 @@ def going(sender, row, clock, until):
         step(sender, row, clock.sleep)
 
 
-GO = SimpleNamespace(requested=False)
+GO = SimpleNamespace(requested=False, check=lambda: None)
 ROW = (b"HSI", '{"Index": "ü"}'.encode())
 
 
@@ -569,6 +583,24 @@ def test_an_acknowledgement_in_the_moment_the_wait_ends_is_no_refusal(clock, bro
     assert (sender.unacknowledged, sender.sent) == (0, 1)
 
 
+def test_an_error_in_the_moment_the_wait_ends_is_the_one_that_is_reported(clock, broker):
+    broker.errors[0] = NotAllowed("test")
+    sender = Sender(broker, "test", 1, clock)
+    sender.submit(ROW)
+    future = sender.line[0][1]
+
+    def late(timeout):
+        clock.now = future.at
+        raise KafkaTimeoutError("timeout")
+
+    get, future.get = future.get, late
+    sender.settle(0.001)
+    assert (sender.unacknowledged, sender.failed) == (1, 0)
+    future.get = get
+    with pytest.raises(Failure, match="TopicAuthorizationFailedError"):
+        sender.settle(0.001)
+
+
 def test_silence_is_said_after_2_s_then_every_30_s_and_so_is_its_end(clock, broker, lines):
     broker.down, broker.up = clock() + 1.5, clock() + 72
     sender = Sender(broker, "test", 1, clock)
@@ -588,6 +620,12 @@ def test_a_slow_pace_is_not_silence(clock, lines):
     assert lines() == []
 
 
+def test_a_line_that_is_never_empty_is_no_silence_while_answers_come(clock, lines):
+    broker = Broker(clock, latency=1.5, cost=0.0005)
+    run(Sender(broker, "test", 0, clock), sample(ABC, 1), 20_000, GO)
+    assert [line for line in lines() if "no answer" in line or "again" in line] == []
+
+
 def test_a_broker_that_takes_nothing_is_silent_too(clock, broker, lines):
     broker.raises.extend([KafkaTimeoutError("no metadata")] * 10)
     sender = Sender(broker, "test", 0, clock)
@@ -601,7 +639,7 @@ def test_a_stop_waits_3_s_for_what_is_under_way_and_says_what_stays_open(clock, 
     sender = Sender(broker, "test", 0, clock)
     for _ in range(4):
         sender.submit(ROW)
-    stopped = SimpleNamespace(requested=True)
+    stopped = SimpleNamespace(requested=True, check=lambda: None)
     run(sender, iter([ROW] * 9), math.inf, stopped)
     assert (sender.sent, sender.unacknowledged, len(broker.stored)) == (4, 0, 4)
 
@@ -631,6 +669,21 @@ def test_an_error_that_the_client_does_not_expect_is_one_line_too(clock, broker,
         run(Sender(broker, "test", 0, clock), iter([ROW]), 1, GO)
 
 
+@pytest.mark.parametrize("count", [1, 5])
+def test_a_thread_that_dies_ends_the_run_while_rows_are_sent_or_waited_for(clock, broker, count):
+    broker.down, broker.up = clock(), clock() + 3600
+    began = clock()
+
+    def check():
+        if clock() > began + 10:
+            raise Failure("the thread of the client ended unexpectedly")
+
+    stop = SimpleNamespace(requested=False, check=check)
+    with pytest.raises(Failure, match="ended unexpectedly"):
+        run(Sender(broker, "test", 1, clock), iter([ROW] * 5), count, stop)
+    assert clock() < began + 20
+
+
 def test_with_a_limit_the_status_says_how_many_of_how_many_and_the_time_left(clock, lines):
     broker = Broker(clock, cost=0.01)
     run(Sender(broker, "test", 0, clock), sample(ABC, 1), 1000, GO)
@@ -642,16 +695,11 @@ def test_with_a_limit_the_status_says_how_many_of_how_many_and_the_time_left(clo
 
 
 @pytest.fixture
-def piped(monkeypatch):
+def piped():
     """What the producer makes of lines that a pipe gives."""
 
     def read(*lines, key=""):
-        def read_lines(queue):
-            for line in (*lines, b""):
-                queue.put(line)
-
-        monkeypatch.setattr(kafka_producer, "read_lines", read_lines)
-        return [row for row in json_lines(key) if row]
+        return [row for row in json_lines(io.BytesIO(b"".join(lines)), key) if row]
 
     return read
 
@@ -703,18 +751,13 @@ def test_a_line_that_is_no_object_is_named_with_its_number(piped, line):
     assert len(str(caught.value)) < 400
 
 
-def test_a_bad_line_ends_the_run_after_all_before_it_are_acknowledged(piped, clock, monkeypatch):
+def test_a_bad_line_ends_the_run_after_all_before_it_are_acknowledged(clock):
     broker = Broker(clock, latency=30)
     good = [b'{"n":%d}' % number for number in range(5)]
-
-    def read_lines(queue):
-        for line in (*good, b"bad\n", b"{}\n", b""):
-            queue.put(line)
-
-    monkeypatch.setattr(kafka_producer, "read_lines", read_lines)
+    pipe = io.BytesIO(b"\n".join([*good, b"bad", b"{}"]))
     sender = Sender(broker, "test", 0, clock)
     with pytest.raises(Failure, match="line 6"):
-        run(sender, json_lines(""), math.inf, GO)
+        run(sender, json_lines(pipe, ""), math.inf, GO)
     assert [value for _, value in broker.stored] == good
     assert (sender.sent, len(sender.line)) == (5, 0)
 
@@ -742,7 +785,7 @@ def test_a_pipe_that_pauses_is_neither_caught_up_with_nor_silence(clock, broker,
 
 
 def test_a_stop_while_the_pipe_gives_nothing_ends_the_run(clock, broker):
-    stop = SimpleNamespace(requested=False)
+    stop = SimpleNamespace(requested=False, check=lambda: None)
 
     def pipe():
         yield ROW
@@ -756,16 +799,27 @@ def test_a_stop_while_the_pipe_gives_nothing_ends_the_run(clock, broker):
     assert (sender.sent, len(sender.line)) == (1, 0)
 
 
-def test_at_most_16_lines_are_read_ahead(monkeypatch):
-    read = []
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), RuntimeError("odd")])
+def test_a_pipe_that_cannot_be_read_is_one_line_after_all_rows_before_it(error):
+    lines = deque([b"{}\n", b"{}\n"])
 
-    def read_lines(queue):
-        for _ in range(1000):
-            queue.put(b"{}\n")
-            read.append(1)
+    def readline(_):
+        if lines:
+            return lines.popleft()
+        raise error
 
-    monkeypatch.setattr(kafka_producer, "read_lines", read_lines)
-    rows = json_lines("")
+    rows = json_lines(SimpleNamespace(readline=readline), "")
+    given = []
+    with pytest.raises(Failure, match=r"the input cannot be read: .*(Input|odd)") as caught:
+        for row in rows:
+            given.append(row)
+    assert [row for row in given if row] == [(None, b"{}")] * 2
+    assert len(caught.value.args) == 1
+
+
+def test_at_most_16_lines_are_read_ahead():
+    pipe = io.BytesIO(b"{}\n" * 1000)
+    rows = json_lines(pipe, "")
     next(rows)
     time.sleep(0.2)  # it must not read on; that it had the time proves nothing else
-    assert len(read) <= 18
+    assert pipe.tell() <= 18 * len(b"{}\n")
