@@ -360,9 +360,8 @@ class Bucket:
         S3Error, or what the connection raises, for what may pass.
         """
         if check_first and await self.has(name, value):
-            outcome = "replayed"
-        else:
-            outcome = await self.make(name, value)
+            return "replayed"
+        outcome = await self.make(name, value)
         if not self.honours_condition:  # the first of this run, and it is made alone
             await self.check_condition(name, value)
         return outcome
