@@ -634,6 +634,7 @@ def topic_state_fetcher(settings: Settings) -> Callable[..., Future[TopicState]]
         session_timeout_ms=1000,  # the client wants it below the next, though it joins no group
         request_timeout_ms=1500,  # less than what is said as silence
         heartbeat_interval_ms=300,
+        retry_backoff_ms=10,  # also what each new connection waits
         metadata_max_age_ms=5000,
     )
     return partial(config.background, fetch_topic_state, client, settings.kafka_topic)
@@ -658,7 +659,7 @@ class Monitor:
     def run(self) -> None:
         while not self.ended:
             self.tick()
-            time.sleep(0.05)
+            time.sleep(0.02)
 
     def tick(self) -> None:
         """Hear, ask, say: each where it is time."""
@@ -1411,11 +1412,11 @@ def consume(settings: Settings, bucket: Bucket, stop: config.Stop, limit: float)
         max_partition_fetch_bytes=2**18,  # 10 MB less memory, no slower; a larger one comes
     )
     sink = Sink(settings, consumer, Uploader(settings, bucket, stats), stats, limit)
-    consumer.partitions_for_topic(settings.kafka_topic)  # else it joins once without any
     cluster = consumer._client.cluster
     cluster.config["retry_backoff_ms"] = 100  # else it asks for a missing leader every 2 ms
     cluster.add_listener(sink.on_metadata)
     consumer.subscribe([settings.kafka_topic], listener=sink)
+    consumer.partitions_for_topic(settings.kafka_topic)  # else it joins a first time without any
     sink.monitor = Monitor(sink, topic_state_fetcher(settings), sink.clock)
     config.avoid_nodes(consumer, lambda: sink.monitor.latest and sink.monitor.latest.silent)
     threading.Thread(target=sink.monitor.run, name="monitor", daemon=True).start()
