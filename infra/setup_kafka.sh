@@ -35,7 +35,7 @@ Run it again at any time: it changes only what differs. Options are remembered.
                           beside it, named U.sha512
 
   --check                 is it healthy? Says what is not, and what to do; exit code 1 then
-  --uninstall             removes all but the data, the certificates and the password
+  --uninstall             removes all but data, options, certificates and password
   --uninstall --purge     removes those as well
   --user-data             prints this setup as EC2 user data, with the options given; needs no root
   --help
@@ -701,7 +701,8 @@ uninstall() {
     done
     systemctl daemon-reload
     rm -rf "${CURRENT:?}" "/opt/${NAME:?}" "$WORK"* "$KEPT"
-    rm -f "$CONF"/{*.properties,setup.env,ca.pem,.restart-*,*.new}
+    # setup.env stays with the data: a later run must not open a secured broker to all.
+    rm -f "$CONF"/{*.properties,ca.pem,.restart-*,*.new}
     if [[ -n $PURGE ]]; then
         rm -rf "$DATA" "$ZOOKEEPER_DATA" "$CONF"
         ! id kafka >/dev/null 2>&1 || userdel kafka

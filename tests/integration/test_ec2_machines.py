@@ -601,7 +601,8 @@ def test_secured_broker_serves_those_with_the_password(
     left = "-path /opt/kafka-s3 -prune -o -name '*kafka*' ! -name 'kafka-s3*' -print"
     assert not broker.sh(f"find /opt /etc/systemd /usr/local/lib {left}")
     broker.log_in(f"curl -fsSO {APACHE}; curl -fsSO {APACHE}.sha512")
-    said = broker.log_in(f"sudo {SETUP} --secure --url {NAME}.tgz")
+    # without --secure: it must not come back open to all
+    said = broker.log_in(f"sudo {SETUP} --url {NAME}.tgz")
     assert "https:" not in said
     pair.env |= secured
     assert pair.producer("--max-messages", "5").wait() == 0
