@@ -813,7 +813,7 @@ def _wait_for_topic(settings: Settings, where: str) -> tuple[set[str], dict[str,
     )
     missing = (
         f"KAFKA_TOPIC={settings.kafka_topic}: the topic does not exist at {where}, or this user"
-        " may not see it; create it with kafka-topics.sh --create"
+        " may not see it; create it with kafka-topics.sh --create (infra/kafka.sh topics --create)"
     )
     deadline = time.monotonic() + 9
     while True:

@@ -423,6 +423,7 @@ class Bucket:
         raise Conflict(
             f"s3://{self.name}/{name} is there with other bytes: it was left as it is. Was the"
             " topic made anew, or do two topics share this S3_PREFIX? Set another S3_PREFIX"
+            " and another KAFKA_GROUP_ID"
         )
 
 
@@ -1101,7 +1102,7 @@ class Sink(ConsumerRebalanceListener):
                     f"the position {ours} that group {self.settings.kafka_group_id} had committed"
                     f" on {tp.topic}/{tp.partition} is {'gone' if there is None else there.offset}:"
                     " was the topic deleted and made anew? Nothing of it was committed: set"
-                    " another S3_PREFIX and start again"
+                    " another S3_PREFIX and another KAFKA_GROUP_ID, and start again"
                 )
         self.verified = self.state_wanted_at == wanted
         return self.verified
@@ -1138,12 +1139,13 @@ class Sink(ConsumerRebalanceListener):
             partition = Partition(begun[tp], begun[tp], moved_at=self.clock())
             if tp in state.committed:
                 partition.lost = state.committed[tp].metadata.removeprefix("lost ")
+            if tp in state.committed and begun[tp] and tp not in self.last_committed:
                 text = (
-                    "%s/%d: group %s goes on at its position %d; objects before it are not under"
-                    " S3_PREFIX=%s unless an earlier run put them there"
+                    "%s/%d: group %s goes on at its position %d; what is before it should be under"
+                    " S3_PREFIX=%s already"
                 )
                 group, prefix = self.settings.kafka_group_id, self.settings.s3_prefix
-                log.info(text, *tp, group, begun[tp], prefix)
+                log.info(text, *tp, group, begun[tp], prefix or "(empty)")
             self.partitions[tp] = partition
             self.last_committed[tp] = begun[tp]
         if new - begun.keys():  # their leader does not answer, or is not known yet
@@ -1274,16 +1276,19 @@ class Sink(ConsumerRebalanceListener):
     def waits_for_group(self, now: float) -> str:
         """Why there is no partition to take records from; "" when there is one."""
         group, topic = self.settings.kafka_group_id, self.settings.kafka_topic
-        if now - self.waits_since < 2 or self.assigned:
+        waits = now - self.waits_since
+        if waits < 2 or self.assigned:
             return ""
         if self.called_at == math.inf or now - self.called_at < 1:
+            if waits < 5:  # members that are started together join one after the other
+                return ""
             return (
                 f"no partition of {topic} is assigned: group {group} has more consumers than the"
                 " topic has partitions; this one waits until another leaves"
             )
         return (
-            f"waiting for group {group} to give out its partitions: every member has to join again,"
-            f" or to be missed, {SESSION_MS / 1000:.0f} s after a kill -9"
+            f"waiting for group {group} to share out its partitions: a member that was killed is"
+            f" missed after {SESSION_MS / 1000:.0f} s"
         )
 
     def drain(self, seconds: float) -> None:

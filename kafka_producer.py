@@ -474,7 +474,8 @@ class Sender:
         """What the end leaves open, as the end of a sentence."""
         if not self.line:
             return ""
-        return f"; {len(self.line)} more may or may not be in the topic: the broker did not say"
+        unsaid = f"{len(self.line)} more may or may not be in the topic: the broker did not say"
+        return f"; sent {self.sent}, and {unsaid}"
 
 
 def print_record(row: Row, answer: Any) -> None:
@@ -543,7 +544,8 @@ def csv_exists(values: Mapping[str, Any]) -> str:
     path = values.get("csv_path")
     if path is None or os.path.exists(path):
         return ""
-    return f"CSV_PATH={str(path)!r}: there is no such file"
+    hint = "an excerpt is in tests/data, and .env.example names it"
+    return f"CSV_PATH={str(path)!r}: there is no such file; {hint}"
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -579,7 +581,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         linger = 0 if 0 < rate <= PRINTED_RATE else 5
         producer = config.make_producer(settings, linger_ms=linger, batch_size=2**17)
         sender = Sender(producer, settings.kafka_topic, rate)
-        stop.under_way = lambda: f"{len(sender.line)} records unacknowledged"
+        stop.under_way = lambda: f"{len(sender.line)} unacknowledged"
         stop.farewell = sender.farewell
         if settings.metrics_port:
             from infra.monitoring import exporter
@@ -588,9 +590,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             run(sender, rows, args.max_messages, stop)
         finally:
-            status(log, "sent %d", sender.sent)
             if sender.line:
                 log.warning("%s", sender.farewell().lstrip("; "))
+            else:
+                log.info("sent %d", sender.sent)
             with suppress(KafkaTimeoutError):  # said above
                 producer.close(timeout=0.5)
     except SettingsError as error:

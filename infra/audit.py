@@ -898,8 +898,9 @@ class Audit(Proof):
         the first offset without a seal, where it is not 0."""
         topic, group = self.topic, self.settings.kafka_group_id
         tps = self.topics.partitions(topic)
-        begins, ends = self.consumer.beginning_offsets(tps), self.consumer.end_offsets(tps)
         committed = {tp: self.consumer.committed(tp, metadata=True) for tp in tps}
+        # The ends after the positions: the pair may be at work, and a position was an end before.
+        begins, ends = self.consumer.beginning_offsets(tps), self.consumer.end_offsets(tps)
         if all(position is None for position in committed.values()):
             raise Failure(
                 f"KAFKA_GROUP_ID={group} has no committed position on topic {topic}: nothing to"

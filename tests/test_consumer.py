@@ -1035,7 +1035,9 @@ def test_a_topic_that_is_gone_is_said(sinks, clock, lines):
 def test_a_member_without_a_partition_says_why_it_waits(sinks, clock, lines):
     sink, _topic, _uploads = sinks(10)
     sink.consumer.next = []
-    stepping(sink, clock, 5)
+    stepping(sink, clock, 4)
+    assert not [line for line in lines() if "no partition of test is assigned" in line]
+    stepping(sink, clock, 4)
     assert [line for line in lines() if "no partition of test is assigned" in line]
     sink.consumer.next = [0]
     stepping(sink, clock, 5)
