@@ -1128,11 +1128,7 @@ class Sink(ConsumerRebalanceListener):
         self.verify()
         begun = {tp: at.offset for tp, at in state.committed.items()}
         if missing := state.begins.keys() - begun.keys():
-            pinned = self.pin_first_positions(state, missing)
-            if not pinned:
-                self.state_wanted_at = self.clock()
-                return
-            begun |= pinned
+            begun |= self.pin_first_positions(state, missing)
         for tp in sorted(new & begun.keys()):
             self.consumer.seek(tp, begun[tp])
             self.consumer.resume(tp)
@@ -1148,7 +1144,7 @@ class Sink(ConsumerRebalanceListener):
                 log.info(text, *tp, group, begun[tp], prefix or "(empty)")
             self.partitions[tp] = partition
             self.last_committed[tp] = begun[tp]
-        if new - begun.keys():  # their leader does not answer, or is not known yet
+        if new - begun.keys():  # their leader does not answer, or another member has to pin them
             self.state_wanted_at = self.clock()
 
     def pin_first_positions(

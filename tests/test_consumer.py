@@ -323,6 +323,14 @@ def test_who_does_not_own_the_first_partition_waits_until_its_owner_has_pinned(s
     assert uploads.submitted == [(1, 38), (1, 39)]
 
 
+def test_what_another_member_has_not_pinned_yet_keeps_no_partition_waiting(sinks, clock):
+    sink, topic, uploads = sinks(30, 40, group={TP1: 38})
+    sink.consumer.next = [1]
+    stepping(sink, clock, 1)
+    assert uploads.submitted == [(1, 38), (1, 39)]
+    assert topic.group == {TP1: 40}
+
+
 def test_a_group_goes_on_where_it_stopped(sinks, clock):
     sink, _topic, uploads = sinks(50, 9, group={TP: 42})
     stepping(sink, clock, 1)
