@@ -49,7 +49,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -775,14 +775,18 @@ def background(call: Callable[..., Any], *args: Any) -> Future[Any]:
 
 
 def _unreachable(addresses: Iterable[str]) -> dict[str, str]:
-    """Those (host:port) at which nothing listens, and why; in 3 s, since all are tried at once."""
+    """Those (host:port) at which nothing listens, and why; in 4 s, since all are tried at once."""
 
     def reach(address: str) -> None:
         host, _, port = address.rpartition(":")
         socket.create_connection((host.strip("[]"), int(port)), 3).close()
 
     tried = {address: background(reach, address) for address in addresses}
-    errors = {address: attempt.exception() for address, attempt in tried.items()}
+    wait(tried.values(), 4)  # a name may have several addresses, and take its time to resolve
+    errors = {
+        address: attempt.exception() if attempt.done() else TimeoutError()
+        for address, attempt in tried.items()
+    }
     return {
         where: f"{where}: {getattr(error, 'strerror', None) or explain(error)}"
         for where, error in errors.items()
@@ -901,10 +905,10 @@ class Stop:
         while not self.requested:
             time.sleep(0.1)
         if pending := self.under_way():
-            log.warning("stopping: %s; again to stop now", pending)
+            background(log.warning, "stopping: %s; again to stop now", pending)
         time.sleep(4)
         level = logging.ERROR if self.code else logging.WARNING
         text = f"stopped without an answer from the other side{self.farewell()}"
-        with suppress(TimeoutError):  # even stderr may be blocked
+        with suppress(TimeoutError):  # as above: stderr may be blocked, and a call with it
             background(log.log, level, "%s", text).result(0.3)
         os._exit(self.code)

@@ -64,7 +64,8 @@ from yarl import URL
 
 log = logging.getLogger(__name__)
 
-WINDOW = 256  # records taken and not committed, at most: what a kill -9 makes us send again
+WINDOW = 256  # records taken and not committed, at most: what a kill -9 makes us send again, beside
+# what was done behind a hold and given back
 BYTES_IN_HAND = 32 * 2**20  # above this no more is taken; one record at least
 BYTES_UNDER_WAY = 8 * 2**20  # of uploads; more would share a slow link until each seems silent
 POLL_ROOM = 64  # room in the window from which a poll is worth its price
@@ -281,7 +282,7 @@ class Bucket:
         self.credentials, self.keys_until = credentials, 0.0
 
     async def renew(self, error: Exception) -> None:
-        """TopicState for new credentials after an error of any kind, at a growing distance."""
+        """Look for new credentials after an error of any kind, at a growing distance."""
         now = asyncio.get_running_loop().time()
         if now < self.renew_at:
             return
@@ -460,6 +461,7 @@ class Taken:
         return len(self.record.value or b"")
 
     def is_under_way(self) -> bool:
+        """An attempt has begun, or waits for a slot."""
         return self.attempt is not None and not self.attempt.done()
 
 
@@ -607,8 +609,9 @@ def fetch_topic_state(
     for node in {leader(tp) for tp in tps}:
         led = [tp for tp in tps if leader(tp) == node]
         try:
-            ends |= client.end_offsets(led)
-            begins |= client.beginning_offsets(led)
+            last, first = client.end_offsets(led), client.beginning_offsets(led)
+            ends |= last
+            begins |= first
             heard()
         except (KafkaError, KeyError) as error:  # KeyError: the topic was deleted just now
             silent.add(node)
@@ -718,8 +721,7 @@ class Monitor:
             if partition is None or tp not in known:
                 lag[tp.partition] = None
             else:
-                done = max(partition.finished, partition.committed)
-                lag[tp.partition] = max(0, known[tp] - done)
+                lag[tp.partition] = max(0, known[tp] - partition.committed)
         return lag
 
     def show(self, now: float) -> None:
@@ -741,7 +743,7 @@ class Monitor:
         )
 
 
-# ----------------------------------------------------------- decisions: all on the main thread
+# ------------------- decisions: all on the main thread, but for on_metadata in the client's threads
 
 
 @dataclass
@@ -771,7 +773,6 @@ class Partition:
 
     position: int  # where taking goes on
     committed: int
-    finished: int = 0  # `done` at the end of the last step, for the monitor's thread
     lost: str = ""  # what retention removed before it was written, for the audit: "3-9,20-20"
     line: deque[Taken] = field(default_factory=deque)
     hold: Taken | None = None  # it failed, and is tried alone until it is done
@@ -803,7 +804,9 @@ class Sink(ConsumerRebalanceListener):
     monitor: Any = None
     partitions: dict[TopicPartition, Partition] = field(default_factory=dict)
     last_committed: dict[TopicPartition, int] = field(default_factory=dict)  # by this process
-    max_attempts: int = 1  # attempts under way at most; from WINDOW on the uploader's slots decide
+    # Attempts under way at most: one until S3 has answered, and after each new hold; from WINDOW on
+    # the uploader's slots (S3_MAX_CONCURRENCY) decide, and always BYTES_UNDER_WAY.
+    uploads_allowed: int = 1
     link_is_slow: bool = False  # the last hold was by silence
     state_wanted_at: float = -math.inf
     verified: bool = False  # the group's positions are what we committed last
@@ -887,8 +890,9 @@ class Sink(ConsumerRebalanceListener):
         try:
             batches = self.consumer.poll(timeout_ms=timeout_ms, max_records=limit)
         except KafkaError as error:
-            self.range_unknown |= isinstance(error, kafka_errors.OffsetOutOfRangeError)
-            if not self.range_unknown:
+            if isinstance(error, kafka_errors.OffsetOutOfRangeError):
+                self.range_unknown = True
+            else:
                 raise_unless_transient(error)
             self.suspect()
             self.rewind()
@@ -940,7 +944,6 @@ class Sink(ConsumerRebalanceListener):
                 if taken is partition.line[0]:
                     partition.line.popleft()
                     self.finish(taken.record, taken.attempt.result())
-            partition.finished = partition.committable()
         holds = [partition.hold for partition in self.partitions.values() if partition.hold]
         self.stats.holding = {hold.record.partition: code_of(hold.error) for hold in holds}
         self.failing |= self.describe(holds)
@@ -949,17 +952,19 @@ class Sink(ConsumerRebalanceListener):
     def finish(self, record: Any, outcome: str) -> None:
         """Count a record that is done, and print its line."""
         extra = about(record)
-        self.failing.clear()  # what does fail still is said again below
+        dlq = self.settings.kafka_dlq_topic
+        # What does fail still is said again by `book`.
+        self.failing.pop(f"topic {dlq} answers" if outcome == "dead" else "S3 answers", None)
         self.stats.last_success = time.time()
-        if outcome != "dead" or self.stats.written:  # a dead letter proves nothing of S3
-            self.max_attempts += 1 if self.link_is_slow else WINDOW
-        if self.max_attempts >= self.settings.s3_max_concurrency:
-            self.max_attempts, self.link_is_slow = WINDOW, False
+        # A dead letter proves nothing of S3.
+        if outcome != "dead" or (self.stats.written and not self.stats.holding):
+            self.uploads_allowed += 1 if self.link_is_slow else WINDOW
+        if self.uploads_allowed >= self.settings.s3_max_concurrency:
+            self.uploads_allowed, self.link_is_slow = WINDOW, False
         if outcome == "dead":
             self.stats.dead_letters += 1
             text = "dead letter: %s/%d/%d (key %s) to %s: %s"
-            dlq, reason = self.settings.kafka_dlq_topic, flaw(record.value)
-            log.warning(text, *extra.values(), dlq, reason, extra=extra)
+            log.warning(text, *extra.values(), dlq, flaw(record.value), extra=extra)
             return
         self.stats.written += 1
         self.stats.replays += outcome == "replayed"
@@ -983,7 +988,7 @@ class Sink(ConsumerRebalanceListener):
         under_way = [taken for taken in in_hand if taken.is_under_way()]
         size = sum(taken.size() for taken in under_way)
         batch = []
-        for taken in waiting[: max(0, self.max_attempts - len(under_way))]:
+        for taken in waiting[: max(0, self.uploads_allowed - len(under_way))]:
             if size < BYTES_UNDER_WAY:
                 size += taken.size()
                 batch.append(taken)
@@ -1014,6 +1019,8 @@ class Sink(ConsumerRebalanceListener):
         finally:
             self.called_at = math.inf
         self.last_committed |= {tp: at.offset for tp, at in positions.items()}
+        if not self.verified:  # what was asked meanwhile may be from before this commit
+            self.suspect()
         return True
 
     # -- Holding: while S3, or the dead letter topic, fails
@@ -1032,7 +1039,7 @@ class Sink(ConsumerRebalanceListener):
             if flaw(taken.record.value):
                 taken.what = f"topic {self.settings.kafka_dlq_topic}"
             self.stats.holds += hold is None
-            self.max_attempts, self.link_is_slow = 1, isinstance(error, TimeoutError)
+            self.uploads_allowed, self.link_is_slow = 1, isinstance(error, TimeoutError)
             for waiting in chain.from_iterable(p.line for p in self.partitions.values()):
                 if waiting.attempt and waiting.attempt.cancel():  # it had no slot yet
                     waiting.attempt = None
@@ -1266,6 +1273,9 @@ class Sink(ConsumerRebalanceListener):
         for tp in assigned:
             self.consumer.seek(tp, 0)  # else the client looks for a position of its own
         self.waits_since, self.assigned = self.clock(), frozenset(assigned)
+        # What others commit on a partition that was ours may be below what we did.
+        kept = self.last_committed.keys() & self.assigned
+        self.last_committed = {tp: self.last_committed[tp] for tp in kept}
         self.suspect()
         log.info("assigned: %s", ", ".join(f"{t}/{p}" for t, p in sorted(assigned)) or "nothing")
 
@@ -1288,7 +1298,7 @@ class Sink(ConsumerRebalanceListener):
         )
 
     def drain(self, seconds: float) -> None:
-        """Finish what is under way; at once while it fails. Raises Failure."""
+        """Finish what is in hand; not while it fails. Raises Failure."""
         deadline = self.clock() + seconds
         while self.in_hand() and not self.stats.holding and self.clock() < deadline:
             self.wait_for_first(0.1)

@@ -428,6 +428,7 @@ class Sender:
                 # A timeout that is not the future's own error: there was no answer in time.
                 if isinstance(error, KafkaTimeoutError) and error is not future.exception:
                     break
+                self.line.popleft()
                 raise self.refusal(error, row) from None
             timeout = 0
             self.line.popleft()

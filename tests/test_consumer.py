@@ -5,6 +5,7 @@ import logging
 import math
 import random
 import re
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ from kafka_consumer import (
     Conflict,
     TopicState,
     add_range,
+    fetch_topic_state,
     flaw,
     object_name,
     run,
@@ -361,6 +363,32 @@ def test_a_position_that_cannot_be_settled_now_is_settled_later(sinks, clock, me
     assert sorted(uploads.submitted) == [(p, o) for p in (0, 1) for o in (9, 10, 11)]
 
 
+def test_a_leader_that_answers_half_is_one_that_does_not_answer():
+    """Both ends of a partition are known, or neither is."""
+
+    def begins(tps):
+        if TP1 in tps:
+            raise KafkaTimeoutError("slow")
+        return dict.fromkeys(tps, 0)
+
+    cluster = SimpleNamespace(
+        leader_for_partition=lambda tp: tp.partition,
+        broker_metadata=lambda node: SimpleNamespace(host="far", port=9092),
+        set_topics=lambda topics: None,
+    )
+    client = SimpleNamespace(
+        partitions_for_topic=lambda topic: {0, 1},
+        end_offsets=lambda tps: dict.fromkeys(tps, 9),
+        beginning_offsets=begins,
+        _client=SimpleNamespace(cluster=cluster, set_topics=lambda topics: None),
+        _coordinator=SimpleNamespace(fetch_committed_offsets=lambda tps: {}),
+    )
+    state = fetch_topic_state(client, "test", 0.0, lambda: None)
+    assert (state.begins, state.ends) == ({TP: 0}, {TP: 9})
+    assert "broker 1 (far:9092), does not answer" in state.problems[TP1]
+    assert state.silent == {1}
+
+
 def test_a_partition_whose_leader_does_not_answer_waits_and_the_others_are_served(sinks, clock):
     sink, topic, _uploads = sinks(9, 9)
     topic.mute = topic.refused = {TP1}
@@ -470,6 +498,54 @@ def test_metadata_that_comes_again_and_again_keeps_no_commit_waiting(sinks, cloc
     sink, topic, _uploads = sinks(2_000)
     stepping(sink, clock, 10, lambda: sink.on_metadata(None))
     assert topic.group == {TP: 2_000}
+
+
+def test_a_suspicion_while_a_commit_is_under_way_does_not_end_it(sinks, clock):
+    """The brokers are asked before the commit has arrived, and the answer is older than it."""
+    sink, topic, _uploads = sinks(200, takes=lambda record: 0.2)
+    settled(sink, clock)
+    stepping(sink, clock, 0.1)
+    send, seen = sink.send, topic.seen
+    before = dict(topic.group)
+
+    def older(asked_at):
+        committed = {tp: SimpleNamespace(offset=at, metadata="") for tp, at in before.items()}
+        return replace(seen(asked_at), committed=committed)
+
+    def slow_commit(client, positions):
+        sink.on_metadata(None)
+        topic.seen = older
+        clock.wait(0.3)
+        topic.seen = seen
+        send(client, positions)
+        sink.send = send
+
+    sink.send = slow_commit
+    until = clock() + 3
+    while clock() < until:
+        sink.step()
+    assert topic.group == {TP: 200}
+
+
+def test_an_error_that_does_not_pass_is_raised_while_a_range_is_looked_for_too(sinks, clock):
+    sink, topic, _uploads = sinks(9)
+    settled(sink, clock)
+    topic.look_takes = lambda: math.inf
+    sink.range_unknown = True
+    sink.consumer.errors["poll"] = [NotAllowed("group")]
+    with pytest.raises(NotAllowed):
+        sink.poll(0, 1)
+
+
+def test_a_position_that_others_moved_while_the_partition_was_theirs_ends_nothing(sinks, clock):
+    sink, topic, _uploads = sinks(20, 20)
+    stepping(sink, clock, 2)
+    rebalance(sink, 1)
+    stepping(sink, clock, 1)
+    topic.group[TP] = 5  # its log was cut, and its owner began again
+    rebalance(sink, 0, 1)
+    stepping(sink, clock, 2)
+    assert topic.group == {TP: 20, TP1: 20}
 
 
 def test_a_record_that_cannot_be_read_leaves_no_call_open(sinks, clock):
@@ -851,6 +927,21 @@ def test_the_first_in_line_that_failed_is_the_hold(sinks, clock):
     stepping(sink, clock, 1)
     assert sink.partitions[TP].hold.record.offset == 10
     assert sink.stats.holds == 1
+
+
+def test_a_dead_letter_in_an_outage_lets_no_more_uploads_begin(sinks, clock):
+    sink, topic, uploads = sinks(9, 9)
+    stepping(sink, clock, 1)
+
+    def outcome(record):
+        return "dead" if record.partition == 1 and record.offset < 12 else failing()
+
+    uploads.outcome = outcome
+    topic.ends[TP] = 40
+    stepping(sink, clock, 1)
+    topic.ends[TP1] = 40
+    stepping(sink, clock, 5, lambda: len(uploads.under_way) <= 1 or pytest.fail("two at once"))
+    assert sink.stats.dead_letters == 3
 
 
 def test_a_rebalance_in_an_outage_does_not_say_that_it_is_over(sinks, clock, lines):
