@@ -18,9 +18,8 @@ from typing import Any
 
 import confluent_kafka
 import local_stack
-from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource
+from confluent_kafka.admin import AdminClient
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
-from kafka.admin import NewPartitions
 from local_stack import API_VERSION, ROOT
 from local_stack import free_port as free_port  # the tests import it from here
 
@@ -169,19 +168,6 @@ class Kafka(local_stack.Kafka):
     def delete_topic(self, name: str) -> None:
         """Delete a topic; return when the broker no longer names it."""
         self.admin(lambda admin: admin.delete_topics([name], timeout_ms=20000))
-
-    def configure_topic(self, name: str, config: Mapping[str, str]) -> None:
-        """Set properties of a topic that exists; the others stay as they are."""
-        resource = ConfigResource(ConfigResource.Type.TOPIC, name)
-        for key, value in config.items():
-            entry = ConfigEntry(key, value, incremental_operation=AlterConfigOpType.SET)
-            resource.add_incremental_config(entry)
-        client = AdminClient({"bootstrap.servers": self.internal})
-        client.incremental_alter_configs([resource])[resource].result(10)
-
-    def add_partitions(self, name: str, total: int) -> None:
-        """Give a topic more partitions: `total` from now on."""
-        self.admin(lambda admin: admin.create_partitions({name: NewPartitions(total)}))
 
     def command(self, main_class: str, *args: str) -> str:
         """Run one of Kafka's own tools by its class, as bin/*.sh do (kafka-consumer-groups.sh is

@@ -1,10 +1,10 @@
-"""The tests' own cluster: one broker of several that stands still, with its topics' properties."""
+"""The tests' own cluster: one broker of several that stands still."""
 
 from __future__ import annotations
 
 import pytest
-from confluent_kafka.admin import AdminClient, ConfigResource
-from helpers import KafkaCluster, produce, records, until
+from confluent_kafka.admin import AdminClient
+from helpers import KafkaCluster, produce, until
 
 pytestmark = pytest.mark.slow
 
@@ -39,16 +39,3 @@ def test_a_partition_of_one_copy_stands_on_one_broker(cluster: KafkaCluster) -> 
     leaders[0].kill()
     leaders[0].start_broker()
     produce(cluster.bootstrap, "spread", [b"1"], partition=0)
-
-
-def test_a_topic_gets_a_property_and_partitions(cluster: KafkaCluster) -> None:
-    cluster.create_topic("changed", config={"retention.ms": "60000"})
-    broker = cluster.brokers[0]
-    broker.configure_topic("changed", {"compression.type": "gzip"})
-    broker.add_partitions("changed", 3)
-    resource = ConfigResource(ConfigResource.Type.TOPIC, "changed")
-    client = AdminClient({"bootstrap.servers": broker.internal})
-    found = client.describe_configs([resource])[resource].result(10)
-    assert (found["compression.type"].value, found["retention.ms"].value) == ("gzip", "60000")
-    produce(cluster.bootstrap, "changed", [b"1"], partition=2)
-    assert [record.partition for record in records(cluster.bootstrap, "changed")] == [2]
