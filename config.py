@@ -384,6 +384,32 @@ def positive(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
 
 
+# ------------------------------------------------------------------------------------ one record
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+# Numbers stay text: each keeps its digits, and Python converts 4,300 at most.
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=str, parse_float=str)
+
+
+def json_object(value: bytes) -> dict[str, Any]:
+    """The JSON object that a record's value is. Raises ValueError: why it is none."""
+    try:
+        parsed = _DECODER.decode(value.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}") from None
+    except RecursionError:
+        raise ValueError("not JSON: nested too deep") from None
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from None
+    if not isinstance(parsed, dict):
+        raise ValueError(f"JSON, but not an object: {type(parsed).__name__}")
+    return parsed
+
+
 # -------------------------------------------------------------------------------------- logging
 
 

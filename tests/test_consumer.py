@@ -957,6 +957,22 @@ def test_a_rebalance_in_an_outage_does_not_say_that_it_is_over(sinks, clock, lin
     assert len([line for line in lines() if "S3 answers again" in line]) == 1
 
 
+def test_what_fails_is_no_longer_said_by_a_member_that_lost_every_partition(sinks, clock, lines):
+    sink, _, uploads = sinks(300)
+    uploads.outcome = lambda record: failing()
+    stepping(sink, clock, 3)
+    assert len([line for line in lines() if "S3 failing" in line]) == 1
+    rebalance(sink)
+    stepping(sink, clock, 100)
+    assert len([line for line in lines() if "S3" in line]) == 1, "others say it, and its end"
+    rebalance(sink, 0)
+    stepping(sink, clock, 3)
+    assert len([line for line in lines() if "S3 failing" in line]) == 2
+    uploads.outcome = lambda record: "written"
+    stepping(sink, clock, 10)
+    assert len([line for line in lines() if "S3 answers again" in line]) == 1
+
+
 def test_while_all_partitions_fail_one_record_is_the_probe_for_all(sinks, clock):
     sink, _topic, uploads = sinks(50, 50)
     uploads.outcome = lambda record: failing()
