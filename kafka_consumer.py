@@ -651,7 +651,7 @@ class Monitor:
     def run(self) -> None:
         while not self.ended:
             self.tick()
-            time.sleep(0.02)
+            time.sleep(0.1 if self.sink.verified else 0.02)  # a commit may wait for an answer
 
     def tick(self) -> None:
         """Hear, ask, say: each where it is time."""

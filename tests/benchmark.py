@@ -441,8 +441,8 @@ def producer_rates(stand: Stand) -> dict[str, list[float]]:
     return rates
 
 
-def compression(stand: Stand) -> list[tuple[str, float, float, float]]:
-    """(type, msg/s, bytes a record in the broker's log, CPU us a record) of what is installed."""
+def compression(stand: Stand) -> list[tuple[str, float, float]]:
+    """(type, msg/s, bytes a record in the broker's log) of what is installed."""
     from kafka import codec
 
     found = []
