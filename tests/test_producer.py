@@ -568,9 +568,8 @@ def test_a_record_that_expired_in_the_client_is_refused_not_waited_for(clock, br
         sender.settle(1)
 
 
-def test_an_acknowledgement_in_the_moment_the_wait_ends_is_no_refusal(clock, broker):
-    sender = Sender(broker, "test", 1, clock)
-    sender.submit(ROW)
+def settle_too_early(sender, clock):
+    """The answer comes in the moment in which the wait for it ends."""
     future = sender.line[0][1]
 
     def late(timeout):
@@ -581,6 +580,12 @@ def test_an_acknowledgement_in_the_moment_the_wait_ends_is_no_refusal(clock, bro
     sender.settle(0.001)
     assert (sender.unacknowledged, sender.failed) == (1, 0)
     future.get = get
+
+
+def test_an_acknowledgement_in_the_moment_the_wait_ends_is_no_refusal(clock, broker):
+    sender = Sender(broker, "test", 1, clock)
+    sender.submit(ROW)
+    settle_too_early(sender, clock)
     sender.settle(0.001)
     assert (sender.unacknowledged, sender.sent) == (0, 1)
 
@@ -589,16 +594,7 @@ def test_an_error_in_the_moment_the_wait_ends_is_the_one_that_is_reported(clock,
     broker.errors[0] = NotAllowed("test")
     sender = Sender(broker, "test", 1, clock)
     sender.submit(ROW)
-    future = sender.line[0][1]
-
-    def late(timeout):
-        clock.now = future.at
-        raise KafkaTimeoutError("timeout")
-
-    get, future.get = future.get, late
-    sender.settle(0.001)
-    assert (sender.unacknowledged, sender.failed) == (1, 0)
-    future.get = get
+    settle_too_early(sender, clock)
     with pytest.raises(Failure, match="TopicAuthorizationFailedError"):
         sender.settle(0.001)
 

@@ -62,6 +62,16 @@ def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kafka]:
 
 
 @pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kafka]:
+    """A broker that the tests of a file may stop, kill and freeze."""
+    broker = Kafka(tmp_path_factory.mktemp("own"))
+    try:
+        yield broker.start()
+    finally:
+        broker.stop()
+
+
+@pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaCluster]:
     """Three brokers of its own for a file of tests: 12 s to start. Mark these tests as slow."""
     try:

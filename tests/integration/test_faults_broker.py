@@ -6,7 +6,6 @@ import time
 
 import pytest
 from helpers import (
-    Kafka,
     assert_whole,
     commit,
     committed,
@@ -19,16 +18,6 @@ from helpers import (
 from s3_faults import FaultyS3
 
 pytestmark = pytest.mark.real
-
-
-@pytest.fixture(scope="module")
-def own(tmp_path_factory):
-    """A broker that these tests may stop."""
-    kafka = Kafka(tmp_path_factory.mktemp("own"))
-    try:
-        yield kafka.start()
-    finally:
-        kafka.stop()
 
 
 @pytest.fixture

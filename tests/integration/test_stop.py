@@ -5,23 +5,13 @@ import signal
 import time
 
 import pytest
-from helpers import Kafka, assert_whole, load, produce, records, until, until_done
+from helpers import assert_whole, load, produce, records, until, until_done
 from s3_faults import FaultyS3
 
 pytestmark = pytest.mark.real
 
 STOPS = {"SIGTERM": signal.SIGTERM, "Ctrl-C": signal.SIGINT}
 LIMIT = 5.5  # and half a second for a busy machine
-
-
-@pytest.fixture(scope="module")
-def own(tmp_path_factory):
-    """A broker that these tests may stop and freeze."""
-    kafka = Kafka(tmp_path_factory.mktemp("own"))
-    try:
-        yield kafka.start()
-    finally:
-        kafka.stop()
 
 
 class Scene:
