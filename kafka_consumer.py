@@ -1067,10 +1067,10 @@ class Sink(ConsumerRebalanceListener):
         self.state_wanted_at = self.clock()
         self.verified = False  # last: `verify` may run at this moment, in the main thread
 
-    def on_metadata(self, cluster: object) -> None:
+    def on_metadata(self, cluster: Any) -> None:
         """The client has heard of the topic. One suspicion at a time: while a leader is missing it
-        asks again and again."""
-        if self.verified:
+        asks again and again. Where the topic is missing, each answer until now is too old."""
+        if self.verified or not cluster.partitions_for_topic(self.settings.kafka_topic):
             self.suspect()
 
     def fresh_state(self) -> TopicState | None:

@@ -5,6 +5,7 @@ import logging
 import math
 import random
 import re
+from concurrent.futures import Future
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -493,10 +494,34 @@ def test_a_topic_made_anew_behind_a_rebalance_ends_it(sinks, clock, there):
     assert topic.group == there
 
 
+METADATA = SimpleNamespace(partitions_for_topic=lambda topic: {0})
+WITHOUT_TOPIC = SimpleNamespace(partitions_for_topic=lambda topic: None)
+
+
+def test_a_topic_made_anew_while_the_brokers_are_asked_ends_it(sinks, clock):
+    """The answer is from before; but the client has met a broker that did not know the topic."""
+    sink, topic, _uploads = sinks(100)
+    stepping(sink, clock, 1)
+
+    def look(asked_at, heard):
+        answer, state = Future(), topic.seen(asked_at)
+        clock.after(0.2, lambda: (heard(), answer.set_result(state)))
+        return answer
+
+    sink.monitor.ask = look
+    sink.suspect()
+    clock.wait(0.1)
+    topic.make_anew([600])
+    sink.on_metadata(WITHOUT_TOPIC)
+    with pytest.raises(Failure, match="was the topic deleted and made anew"):
+        stepping(sink, clock, 3)
+    assert topic.group == {}
+
+
 def test_metadata_that_comes_again_and_again_keeps_no_commit_waiting(sinks, clock):
     """As it does while a partition has no leader."""
     sink, topic, _uploads = sinks(2_000)
-    stepping(sink, clock, 10, lambda: sink.on_metadata(None))
+    stepping(sink, clock, 10, lambda: sink.on_metadata(METADATA))
     assert topic.group == {TP: 2_000}
 
 
@@ -513,7 +538,7 @@ def test_a_suspicion_while_a_commit_is_under_way_does_not_end_it(sinks, clock):
         return replace(seen(asked_at), committed=committed)
 
     def slow_commit(client, positions):
-        sink.on_metadata(None)
+        sink.on_metadata(METADATA)
         topic.seen = older
         clock.wait(0.3)
         topic.seen = seen
