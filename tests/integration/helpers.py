@@ -237,11 +237,14 @@ class KafkaCluster:
         self.brokers[0].create_topic(name, partitions, config, copies)
 
     def leader(self, topic: str, partition: int = 0) -> Kafka:
-        """The broker that serves the partition now. LookupError while it has none."""
+        """The broker that serves the partition now; waits while none is known."""
         client = AdminClient({"bootstrap.servers": self.bootstrap})
-        number = client.list_topics(topic, timeout=10).topics[topic].partitions[partition].leader
-        if number < 0:
-            raise LookupError(f"{topic}/{partition} has no leader")
+
+        def known() -> list[int]:
+            found = client.list_topics(topic, timeout=10).topics[topic].partitions.get(partition)
+            return [found.leader] if found and found.leader >= 0 else []
+
+        number = until(known, what=f"a leader of {topic}/{partition}")[0]
         return self.brokers[number]
 
     def log_tail(self, lines: int = 30) -> str:
