@@ -285,13 +285,10 @@ class Bucket:
     async def keys(self) -> Any:
         """The keys to sign with. Their renewal may take long, and all uploads wait for the one."""
         loop = asyncio.get_running_loop()
-        if loop.time() >= self.keys_until:
-            if self.renewal is None or self.renewal.done():
-                frozen = self.credentials.get_frozen_credentials()
-                self.renewal = loop.create_task(_slowly(frozen))
-            self.frozen = await asyncio.shield(self.renewal)
+        if self.renewal is None or (self.renewal.done() and loop.time() >= self.keys_until):
+            self.renewal = loop.create_task(_slowly(self.credentials.get_frozen_credentials()))
             self.keys_until = loop.time() + 1
-        return self.frozen
+        return await asyncio.shield(self.renewal)
 
     async def connect(self) -> list[str]:
         """Find the bucket's address and region, by listing a few of its names; returns these.
