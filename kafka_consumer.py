@@ -331,11 +331,7 @@ class Bucket:
     async def put(self, name: str, value: bytes, pause: float = 0) -> Answer:
         """PUT where there is no object. Content-MD5: buckets with Object Lock want it."""
         digest = b64encode(md5(value, usedforsecurity=False).digest()).decode()
-        headers = {
-            "Content-Type": "application/json",
-            "Content-MD5": digest,
-            "If-None-Match": "*",
-        }
+        headers = {"Content-Type": "application/json", "Content-MD5": digest, "If-None-Match": "*"}
         return await self.request("PUT", name, value, pause, **headers)
 
     async def create(self, name: str, value: bytes, check_first: bool = False) -> str:
