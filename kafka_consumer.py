@@ -696,12 +696,9 @@ class Monitor:
     def lag(self, now: float) -> dict[int, int | None]:
         """Records not yet done, by partition; None where it is not known."""
         known = self.latest.ends if self.latest and now - self.unanswered_since < 2 else {}
-        lag: dict[int, int | None] = {}
-        for tp in self.sink.assigned:
-            partition = self.sink.partitions.get(tp)
-            if partition is None or tp not in known:
-                lag[tp.partition] = None
-            else:
+        lag: dict[int, int | None] = {tp.partition: None for tp in self.sink.assigned}
+        for tp, partition in list(self.sink.partitions.items()):
+            if tp in known:
                 lag[tp.partition] = max(0, known[tp] - partition.committed)
         return lag
 
