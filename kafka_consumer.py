@@ -434,7 +434,6 @@ class Taken:
     attempt: Future[str] | None = None
     error: Any = None
     what: str = "S3"  # that fails
-    failed_since: float = 0.0
     retry_at: float = 0.0
     pause: float = 0.05  # s, before the next attempt
 
@@ -816,7 +815,8 @@ class Sink(ConsumerRebalanceListener):
         if self.room() < enough:
             self.make_room()
         if self.room() >= enough:
-            self.take(self.poll(100 if self.is_idle() else 10, max(1, int(self.room()))))
+            idle = not self.in_hand() and not self.unsettled()
+            self.take(self.poll(100 if idle else 10, max(1, int(self.room()))))
             self.pause_where_nothing_comes()
         else:
             self.wait_for_first(0.1)
@@ -828,9 +828,6 @@ class Sink(ConsumerRebalanceListener):
 
     def in_hand(self) -> int:
         return sum(len(partition.line) for partition in list(self.partitions.values()))
-
-    def is_idle(self) -> bool:
-        return not (self.in_hand() or self.unsettled())
 
     def room(self) -> float:
         """How many records may be taken."""
@@ -1013,7 +1010,7 @@ class Sink(ConsumerRebalanceListener):
         self.stats.retries += 1
         hold = partition.hold
         if hold is None or taken.record.offset < hold.record.offset:
-            partition.hold, taken.failed_since, taken.pause = taken, now, 0.05
+            partition.hold, taken.pause = taken, 0.05
             if flaw(taken.record.value):
                 taken.what = f"topic {self.settings.kafka_dlq_topic}"
             self.stats.holds += hold is None
@@ -1037,7 +1034,7 @@ class Sink(ConsumerRebalanceListener):
     def describe(self, holds: Iterable[Taken]) -> dict[str, config.Problem]:
         """What fails, and where it holds; the key says what would be so if it did not."""
         found: dict[str, config.Problem] = {}
-        for taken in sorted(holds, key=lambda taken: taken.failed_since):
+        for taken in holds:
             record, error, what = taken.record, taken.error, taken.what
             assert error
             place = f"{record.topic}/{record.partition}/{record.offset}: {explain(error)}"
