@@ -418,6 +418,8 @@ async def _slowly(asked: Coroutine[Any, Any, Any]) -> Any:
             return await asked
     except TimeoutError:
         raise S3Error("CredentialsTimeout", "no AWS credentials within 60 s") from None
+    except ClientError as error:  # of the service that gives them, whose AccessDenied is not S3's
+        raise S3Error("CredentialRetrievalError", str(error)) from None
     finally:
         warning.cancel()
 

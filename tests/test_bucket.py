@@ -437,6 +437,15 @@ def test_credentials_that_never_come_are_said_as_such(loop):
     assert "renew the AWS credentials" in explain(caught.value)
 
 
+def test_credentials_that_their_service_refuses_are_no_denial_by_s3(loop):
+    bucket = Renewing(loop)
+    bucket.credentials = Credentials("none", client_error("AccessDenied"))
+    with pytest.raises(S3Error) as caught:
+        loop.run_until_complete(bucket.keys())
+    assert caught.value.code == "CredentialRetrievalError"
+    assert "AccessDenied" in str(caught.value)
+
+
 def client_error(code, message="why"):
     return ClientError({"Error": {"Code": code, "Message": message}}, "ListObjectsV2")
 
