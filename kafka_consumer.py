@@ -1054,7 +1054,7 @@ class Sink(ConsumerRebalanceListener):
         """The topic, or the group's positions, may not be what they were: look before the next
         commit."""
         self.state_wanted_at = self.clock()
-        self.verified = False  # last: `verify` may run at this moment, in the main thread
+        self.verified = False  # last, as `verify` looks first: it may run at this moment
 
     def on_metadata(self, cluster: Any) -> None:
         """The client has heard of the topic. One suspicion at a time: while a leader is missing it
@@ -1088,7 +1088,9 @@ class Sink(ConsumerRebalanceListener):
                     " was the topic deleted and made anew? Nothing of it was committed: set"
                     " another S3_PREFIX and another KAFKA_GROUP_ID, and start again"
                 )
-        self.verified = self.state_wanted_at == wanted
+        self.verified = True
+        if self.state_wanted_at != wanted:  # suspected by another thread just now
+            self.verified = False
         return self.verified
 
     def wait_for_state(self, seconds: float) -> None:
