@@ -90,6 +90,7 @@ TRANSIENT = (  # beside those that the client calls retriable: the group has mov
     kafka_errors.KafkaTimeoutError,
     kafka_errors.ReplicaNotAvailableError,  # a new leader is on its way
     config.NoOffsetForPartitionError,  # until it is settled
+    kafka_errors.OffsetOutOfRangeError,  # until `find_range` has said what is lost
 )
 
 # ------------------------------------------------------------------------------------ one record
@@ -867,10 +868,8 @@ class Sink(ConsumerRebalanceListener):
         try:
             batches = self.consumer.poll(timeout_ms=timeout_ms, max_records=limit)
         except KafkaError as error:
-            if isinstance(error, kafka_errors.OffsetOutOfRangeError):
-                self.range_unknown = True
-            else:
-                raise_unless_transient(error)
+            raise_unless_transient(error)
+            self.range_unknown |= isinstance(error, kafka_errors.OffsetOutOfRangeError)
             self.suspect()
             self.rewind()
         finally:
