@@ -1119,7 +1119,7 @@ class Sink(ConsumerRebalanceListener):
             self.consumer.resume(tp)
             partition = Partition(begun[tp], begun[tp], moved_at=self.clock())
             if tp in state.committed:
-                partition.lost = state.committed[tp].metadata.removeprefix("lost ")
+                _, _, partition.lost = state.committed[tp].metadata.partition("lost ")
             if tp in state.committed and begun[tp] and tp not in self.last_committed:
                 text = (
                     "%s/%d: group %s goes on at its position %d; what is before it should be under"
