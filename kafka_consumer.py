@@ -1321,7 +1321,7 @@ def run(sink: Sink, stop: config.Stop) -> None:
             sink.wait_for_state(1)
             sink.commit(now=True)
         finally:
-            with suppress(TimeoutError, KafkaError):
+            with suppress(Exception):  # the reason of the end is another, and all is committed
                 config.background(sink.consumer.close, False).result(3)
             log.info("written %d, dead-lettered %d", stats.written, stats.dead_letters)
 
