@@ -1352,8 +1352,8 @@ def check_bucket(bucket: Bucket) -> None:
         if code_of(error) not in ("AccessDenied", "403"):
             raise Failure(f"{where}: {explain(error)}") from None
         listed = False
-    if not listed:  # can it be written to, at least? A condition that cannot hold writes nothing
-        never = {"If-Match": f'"{"0" * 32}"'}
+    if not listed:  # can it be written to, at least? What can be no object writes nothing
+        never = {"If-Match": f'"{"0" * 32}"', "Content-MD5": b64encode(bytes(16)).decode()}
         name = f"{settings.s3_prefix}.connection-test"
         try:
             answer = on_loop(bucket.request("PUT", name, b"", **never), 10)

@@ -42,6 +42,15 @@ def errors(script) -> list[str]:
     return [line for line in script.lines("stderr") if " ERROR " in line]
 
 
+def test_the_look_whether_a_bucket_can_be_written_to_leaves_nothing_in_it(run, env, kafka, topic):
+    with FaultyS3(traits={"ignores conditions"}) as s3:
+        s3.fail("403", only=("list", "head_bucket", "location"))
+        env = {**env, "S3_ENDPOINT_URL": s3.endpoint}
+        script = run("kafka_consumer.py", env=env)
+        script.wait_for("--audit", stream="stderr")
+        assert s3.store == {}
+
+
 def test_a_store_that_ignores_the_condition_ends_it_at_the_first_object(
     consume, env, kafka, topic, bucket
 ):
