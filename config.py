@@ -265,12 +265,12 @@ class Settings:
         """
         values: dict[str, Any] = {}
         problems = []
-        for each in fields(cls):
-            name, default = each.name.upper(), each.metadata["default"]
+        for setting in fields(cls):
+            name, default = setting.name.upper(), setting.metadata["default"]
             text = environ.get(name, default)
             try:
                 text.encode()
-                values[each.name] = each.metadata["parse"](text)
+                values[setting.name] = setting.metadata["parse"](text)
             except UnicodeEncodeError:  # no value: it may be a secret
                 problems.append(f"{name}: must be UTF-8")
             except ValueError as error:
@@ -665,8 +665,8 @@ def track_topic(consumer: KafkaConsumer, topic: str) -> None:
         consumer._client.cluster.set_topics([topic])
 
 
-def avoid_nodes(consumer: KafkaConsumer, silent: Callable[[], Any]) -> None:
-    """Ask brokers that are not among `silent()` for metadata and for the group's coordinator.
+def avoid_nodes(consumer: KafkaConsumer, mute: Callable[[], Any]) -> None:
+    """Ask brokers that are not among `mute()` for metadata and for the group's coordinator.
 
     kafka-python-ng may ask a broker that is mute again and again, for a whole
     KAFKA_REQUEST_TIMEOUT_MS each time, and fetches nothing from the others meanwhile.
@@ -677,7 +677,7 @@ def avoid_nodes(consumer: KafkaConsumer, silent: Callable[[], Any]) -> None:
     least_loaded_node = client.least_loaded_node
 
     def answering_node() -> Any:
-        avoided = silent()
+        avoided = mute()
         if avoided:
             for broker in client.cluster.brokers():
                 if broker.nodeId not in avoided and client.is_ready(broker.nodeId, False):
@@ -744,7 +744,7 @@ class _Fetcher(group.Fetcher):
     with another partition: a broker sends a record larger than max_partition_fetch_bytes for the
     first partition of a request only."""
 
-    requests = 0
+    requests = 0  # for the round robin
 
     def _unpack_message_set(self, tp: TopicPartition, records: Any) -> Iterator[Any]:
         state = self._subscriptions.assignment[tp]

@@ -77,6 +77,8 @@ CHUNK = 2**14  # bytes, of a large value: each that leaves is a sign of life
 SESSION_MS = 6000  # the broker's minimum: how long a killed member is missed
 LOOK_EVERY = 2.0  # s between the monitor's questions to the brokers
 STANDS_AFTER = 5.0  # s without a record though there are some
+STANDS_PAUSE = 4.0  # s for which such a partition is not fetched
+STANDS_RETRY = 0.5  # s in which it shows then whether it gives records again
 
 EXPECTED = (  # errors that are said in one line, without a traceback
     *(S3Error, ClientError, BotoCoreError, aiohttp.ClientError, OSError, KafkaError),
@@ -96,7 +98,7 @@ TRANSIENT = (  # beside those that the client calls retriable: the group has mov
 # ------------------------------------------------------------------------------------ one record
 
 
-def flaw(value: bytes | None) -> str:
+def validation_error(value: bytes | None) -> str:
     """Why a record's value is not a JSON object; "" when it is one."""
     if not value:
         return "the value is null" if value is None else "the value is empty"
@@ -144,7 +146,7 @@ class Answer(NamedTuple):
     def has_md5(self, value: bytes) -> bool:
         return self.etag() == md5(value, usedforsecurity=False).hexdigest()
 
-    def uses_keys(self) -> bool:
+    def etag_is_no_md5(self) -> bool:
         """S3 says that it encrypts with keys for which the ETag is not the MD5 of the bytes."""
         customers = "x-amz-server-side-encryption-customer-algorithm" in self.headers
         return customers or "aws:kms" in self.headers.get("x-amz-server-side-encryption", "")
@@ -243,7 +245,8 @@ class SignedHttp:
 
 
 def _socket_with_small_buffer(address: Any) -> socket.socket:
-    """What is written to it is soon on its way: a slow link is not taken for a silent one."""
+    """A small send buffer, so that bytes counted as sent have left: a slow link must not look
+    silent."""
     connection = socket.socket(*address[:3])
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**16)
     connection.setblocking(False)
@@ -365,7 +368,7 @@ class Bucket:
             raise Failure(self.is_unsafe("does not know If-None-Match (501 NotImplemented)"))
         if answer.status != 200 or not answer.etag() or b"<Error>" in answer.body:
             raise answer.error()
-        proven = answer.has_md5(value) or answer.uses_keys()
+        proven = answer.has_md5(value) or answer.etag_is_no_md5()
         if not proven and not await self.has(name, value):
             raise S3Error("NoSuchKey", "the object was said to be made, and was not")
         return "written"
@@ -393,7 +396,7 @@ class Bucket:
         head = await self.request("HEAD", name)
         if head.status == 404:
             return False
-        if head.status == 200 and head.has_md5(value) and not head.uses_keys():
+        if head.status == 200 and head.has_md5(value) and not head.etag_is_no_md5():
             return True
         found = await self.request("GET", name)
         if found.status != 200 or not found.etag():
@@ -401,7 +404,7 @@ class Bucket:
         if found.body == value:
             return True
         in_parts = re.fullmatch(r"[0-9a-f]{32}-[0-9]+", found.etag())
-        if not (found.has_md5(found.body) or in_parts or found.uses_keys()):
+        if not (found.has_md5(found.body) or in_parts or found.etag_is_no_md5()):
             raise found.error()
         raise Conflict(
             f"s3://{self.name}/{name} is there with other bytes: it was left as it is. Was the"
@@ -494,13 +497,13 @@ class Uploader:
     async def deliver(self, taken: Taken) -> str:
         """Once: "written", "replayed" or "dead". Raises what Bucket.create and Kafka raise."""
         record = taken.record
-        if reason := flaw(record.value):
+        if reason := validation_error(record.value):
             await self.send_letter(record, reason)
             return "dead"
         name = object_name(self.settings.s3_prefix, record.partition, record.offset)
-        silent = isinstance(taken.error, TimeoutError)
+        timed_out = isinstance(taken.error, TimeoutError)
         try:
-            outcome = await self.bucket.create(name, record.value, check_first=silent)
+            outcome = await self.bucket.create(name, record.value, check_first=timed_out)
         except Exception as error:
             self._in_background(self.bucket.renew(error))
             raise
@@ -571,21 +574,21 @@ class TopicState:
     ends: dict[TopicPartition, int]
     problems: dict[TopicPartition, str]
     committed: dict[TopicPartition, Any]  # the group's positions: offset and metadata
-    silent: frozenset[int] = frozenset()  # brokers that did not answer
+    mute: frozenset[int] = frozenset()  # brokers that did not answer
 
 
 def fetch_topic_state(
-    client: Any, topic: str, asked_at: float, heard: Callable[[], None]
+    client: Any, topic: str, asked_at: float, on_answer: Callable[[], None]
 ) -> TopicState:
     """Ask the leaders of the topic's partitions, and the coordinator for the group's positions;
-    without a topic all is empty. It takes as long as they do, and calls `heard` at every answer.
+    without a topic all is empty. It takes as long as they do, and calls `on_answer` each time.
 
     Raises KafkaError when no leader answers.
     """
     begins: dict[TopicPartition, int] = {}
     ends: dict[TopicPartition, int] = {}
     problems: dict[TopicPartition, str] = {}
-    silent = set()
+    mute = set()
     config.track_topic(client, topic)
     tps = [TopicPartition(topic, p) for p in sorted(client.partitions_for_topic(topic) or ())]
     leader = client._client.cluster.leader_for_partition
@@ -595,15 +598,15 @@ def fetch_topic_state(
             last, first = client.end_offsets(led), client.beginning_offsets(led)
             ends |= last
             begins |= first
-            heard()
+            on_answer()
         except (KafkaError, KeyError) as error:  # KeyError: the topic was deleted just now
-            silent.add(node)
+            mute.add(node)
             problems |= dict.fromkeys(led, _describe_silence(client._client.cluster, node, error))
     if problems and not ends:
         raise kafka_errors.KafkaTimeoutError
     committed = client._coordinator.fetch_committed_offsets(tps)
-    heard()
-    return TopicState(asked_at, begins, ends, problems, committed, frozenset(silent))
+    on_answer()
+    return TopicState(asked_at, begins, ends, problems, committed, frozenset(mute))
 
 
 def _describe_silence(cluster: Any, node: int | None, error: Exception) -> str:
@@ -634,7 +637,7 @@ class Monitor:
     def __init__(
         self, sink: Any, ask: Callable[..., Future[TopicState]], clock: Callable[[], float]
     ) -> None:
-        """`ask(asked_at, heard)` begins a `fetch_topic_state`."""
+        """`ask(asked_at, on_answer)` begins a `fetch_topic_state`."""
         self.sink, self.ask, self.clock = sink, ask, clock
         self.latest: TopicState | None = None
         self.asking: Future[TopicState] | None = None
@@ -649,7 +652,7 @@ class Monitor:
             time.sleep(0.1 if self.sink.verified else 0.02)  # a commit may wait for an answer
 
     def tick(self) -> None:
-        """Hear, ask, say: each where it is time."""
+        """Take the answer, ask again when it is time, and report."""
         now = self.clock()
         if self.asking and self.asking.done():
             if not isinstance(self.asking.exception(), KafkaError):
@@ -658,13 +661,13 @@ class Monitor:
         wanted = self.latest is None or self.latest.asked_at <= self.sink.state_wanted_at
         if self.asking is None and now - self.asked_at >= (0.05 if wanted else LOOK_EVERY):
             self.asked_at, self.unanswered_since = now, min(self.unanswered_since, now)
-            self.asking = self.ask(now, self.heard)
+            self.asking = self.ask(now, self.on_answer)
         self.sink.stats.lag = self.lag(now)
         self.notices.report(self.problems(now))
         if now - self.shown_at >= (1 if sys.stderr.isatty() else 10):
             self.show(now)
 
-    def heard(self) -> None:
+    def on_answer(self) -> None:
         self.unanswered_since = self.clock()
 
     def problems(self, now: float) -> dict[str, config.Problem]:
@@ -940,7 +943,7 @@ class Sink(ConsumerRebalanceListener):
         if outcome == "dead":
             self.stats.dead_letters += 1
             text = "dead letter: %s/%d/%d (key %s) to %s: %s"
-            log.warning(text, *extra.values(), dlq, flaw(record.value), extra=extra)
+            log.warning(text, *extra.values(), dlq, validation_error(record.value), extra=extra)
             return
         self.stats.written += 1
         self.stats.replays += outcome == "replayed"
@@ -1012,7 +1015,7 @@ class Sink(ConsumerRebalanceListener):
         hold = partition.hold
         if hold is None or taken.record.offset < hold.record.offset:
             partition.hold, taken.pause = taken, 0.05
-            if flaw(taken.record.value):
+            if validation_error(taken.record.value):
                 taken.what = f"topic {self.settings.kafka_dlq_topic}"
             self.stats.holds += hold is None
             self.uploads_allowed, self.link_is_slow = 1, isinstance(error, TimeoutError)
@@ -1056,8 +1059,8 @@ class Sink(ConsumerRebalanceListener):
         self.verified = False  # last, as `verify` looks first: it may run at this moment
 
     def on_metadata(self, cluster: Any) -> None:
-        """The client has heard of the topic. One suspicion at a time: while a leader is missing it
-        asks again and again. Where the topic is missing, each answer until now is too old."""
+        """The client has heard of the topic. Suspect once: while a leader is missing it asks
+        again and again. Where the topic is missing, each answer until now is too old."""
         if self.verified or not cluster.partitions_for_topic(self.settings.kafka_topic):
             self.suspect()
 
@@ -1111,25 +1114,27 @@ class Sink(ConsumerRebalanceListener):
         if state is None:
             return  # and again after the next poll
         self.verify()
-        begun = {tp: at.offset for tp, at in state.committed.items()}
-        if missing := state.begins.keys() - begun.keys():
-            begun |= self.pin_first_positions(state, missing)
-        for tp in sorted(new & begun.keys()):
-            self.consumer.seek(tp, begun[tp])
+        positions = {tp: at.offset for tp, at in state.committed.items()}
+        if missing := state.begins.keys() - positions.keys():
+            positions |= self.pin_first_positions(state, missing)
+        for tp in sorted(new & positions.keys()):
+            self.consumer.seek(tp, positions[tp])
             self.consumer.resume(tp)
-            partition = Partition(begun[tp], begun[tp], moved_at=self.clock())
+            partition = Partition(positions[tp], positions[tp], moved_at=self.clock())
             if tp in state.committed:
                 _, _, partition.lost = state.committed[tp].metadata.partition("lost ")
-            if tp in state.committed and begun[tp] and tp not in self.last_committed:
+            if tp in state.committed and positions[tp] and tp not in self.last_committed:
                 text = (
                     "%s/%d: group %s goes on at its position %d; what is before it should be under"
                     " S3_PREFIX=%s already"
                 )
                 group, prefix = self.settings.kafka_group_id, self.settings.s3_prefix
-                log.info(text, *tp, group, begun[tp], prefix or "(empty)")
+                log.info(text, *tp, group, positions[tp], prefix or "(empty)")
             self.partitions[tp] = partition
-            self.last_committed[tp] = begun[tp]
-        if new - begun.keys():  # their leader does not answer, or another member has to pin them
+            self.last_committed[tp] = positions[tp]
+        if (
+            new - positions.keys()
+        ):  # their leader does not answer, or another member has to pin them
             self.state_wanted_at = self.clock()
 
     def pin_first_positions(
@@ -1138,9 +1143,9 @@ class Sink(ConsumerRebalanceListener):
         """Commit where the group begins the partitions that it has no position on; {} while another
         member has to, or the broker does not take it.
 
-        The owner of the first does it for all, at one moment: who comes later would else take the
-        partitions of others for some that were added since. Those are begun at their beginning,
-        whatever the rule: `latest` would skip their records.
+        Only the owner of the first partition commits, for all at once: a member that came later
+        could mistake the partitions of others for new ones. A partition that was added since the
+        group began starts at its beginning, whatever the rule: `latest` would skip its records.
         """
         if min(missing) not in self.assigned:
             return {}
@@ -1203,14 +1208,15 @@ class Sink(ConsumerRebalanceListener):
             if partition.paused_until is not None:
                 if now >= partition.paused_until:
                     partition.paused_until = None
-                    # Half a second is enough to see whether it gives records now.
-                    partition.moved_at = now - STANDS_AFTER + 0.5 if partition.stalled else now
+                    partition.moved_at = now
+                    if partition.stalled:
+                        partition.moved_at -= STANDS_AFTER - STANDS_RETRY
                     self.consumer.resume(tp)
                     self.rewind(tp)
             elif state is None or state.ends.get(tp, math.inf) <= partition.position:
                 partition.moved_at, partition.stalled = now, ""
             elif not state.ends or now - partition.moved_at > STANDS_AFTER:
-                self.pause(tp, now + 4)
+                self.pause(tp, now + STANDS_PAUSE)
                 partition.stalled = (
                     f"the broker gives no record, though there are some up to"
                     f" {state.ends.get(tp, '?')}: it refuses the fetch, or has no leader for it"
@@ -1409,7 +1415,7 @@ def consume(settings: Settings, bucket: Bucket, stop: config.Stop, limit: float)
     consumer.subscribe([settings.kafka_topic], listener=sink)
     consumer.partitions_for_topic(settings.kafka_topic)  # else it joins a first time without any
     sink.monitor = Monitor(sink, topic_state_fetcher(settings), sink.clock)
-    config.avoid_nodes(consumer, lambda: sink.monitor.latest and sink.monitor.latest.silent)
+    config.avoid_nodes(consumer, lambda: sink.monitor.latest and sink.monitor.latest.mute)
     threading.Thread(target=sink.monitor.run, name="monitor", daemon=True).start()
     try:
         run(sink, stop)

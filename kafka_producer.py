@@ -400,7 +400,7 @@ class Sender:
         try:
             future = self.producer.send(self.topic, key=row[0], value=row[1])
         except KafkaTimeoutError:
-            self.report_silence()
+            self.note_silence()
             return False
         except Exception as error:
             raise self.refusal(error, row) from None
@@ -428,9 +428,9 @@ class Sender:
                 print_record(row, answer)
         if not self.line:  # no answer is owed
             self.answered_at = self.clock()
-        self.report_silence()
+        self.note_silence()
 
-    def report_silence(self) -> None:
+    def note_silence(self) -> None:
         """Say when an answer is owed for 2 s or longer, and when it has come."""
         problems = {}
         seconds = self.clock() - self.answered_at
@@ -440,7 +440,7 @@ class Sender:
             problems["the broker answers"] = config.Problem(text, since=self.answered_at)
         self.notices.report(problems)
 
-    def report(self, limit: float) -> None:
+    def show_status(self, limit: float) -> None:
         """The status line, each second above PRINTED_RATE or on a terminal."""
         seconds = self.clock() - self.reported_at
         if seconds < 1 or (self.printing and not sys.stderr.isatty()):
@@ -504,7 +504,7 @@ def send_all(sender: Sender, rows: Iterator[Row | None], limit: float, stop: Sto
                 return
             stop.check()
             done = step(sender, row)
-            sender.report(limit)
+            sender.show_status(limit)
         if sender.submitted >= limit:
             return
 
@@ -523,7 +523,7 @@ def run(sender: Sender, rows: Iterator[Row | None], limit: float, stop: Stop) ->
     while sender.line and not stop.requested:
         stop.check()
         sender.settle(0.5)
-        sender.report(limit)
+        sender.show_status(limit)
     deadline = sender.clock() + 3
     while sender.line and sender.clock() < deadline:
         sender.settle(0.5)

@@ -28,9 +28,9 @@ from kafka_consumer import (
     TopicState,
     add_range,
     fetch_topic_state,
-    flaw,
     object_name,
     run,
+    validation_error,
 )
 from tests.fakes import TP, TP1, Broker, Client, Clock, Uploads, a_record, a_sink
 
@@ -51,7 +51,7 @@ from tests.fakes import TP, TP1, Broker, Client, Clock, Uploads, a_record, a_sin
     ],
 )
 def test_a_json_object_has_no_flaw(value):
-    assert flaw(value) == ""
+    assert validation_error(value) == ""
 
 
 @pytest.mark.parametrize(
@@ -85,13 +85,13 @@ def test_a_json_object_has_no_flaw(value):
     ],
 )
 def test_what_is_no_json_object_has_a_reason(value, reason):
-    assert reason in flaw(value)
-    assert flaw(value).isprintable() and len(flaw(value)) < 200
+    assert reason in validation_error(value)
+    assert validation_error(value).isprintable() and len(validation_error(value)) < 200
 
 
 @given(st.binary() | st.text().map(str.encode))
 def test_any_bytes_are_judged_without_an_error(value):
-    assert isinstance(flaw(value), str)
+    assert isinstance(validation_error(value), str)
 
 
 JSON = st.recursive(
@@ -107,7 +107,7 @@ def test_of_all_json_exactly_the_objects_are_good(value, ascii):
         text = json.dumps(value, ensure_ascii=ascii, allow_nan=False).encode()
     except ValueError:  # infinite, or a surrogate without \u
         return
-    assert (flaw(text) == "") == isinstance(value, dict)
+    assert (validation_error(text) == "") == isinstance(value, dict)
 
 
 def test_objects_are_named_by_partition_and_offset_alone():
@@ -387,7 +387,7 @@ def test_a_leader_that_answers_half_is_one_that_does_not_answer():
     state = fetch_topic_state(client, "test", 0.0, lambda: None)
     assert (state.begins, state.ends) == ({TP: 0}, {TP: 9})
     assert "broker 1 (far:9092), does not answer" in state.problems[TP1]
-    assert state.silent == {1}
+    assert state.mute == {1}
 
 
 def test_a_partition_whose_leader_does_not_answer_waits_and_the_others_are_served(sinks, clock):
