@@ -31,7 +31,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, TextIO
 
@@ -64,7 +64,8 @@ _JSON_NUMBERS = re.compile(r"(?a)(?>-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?\
 
 # How the first two records look of a file that is no CSV, and what it is.
 _NO_CSV = (
-    (r"\s*<(!doctype|html|head|body|\?xml)", "is a web page: download the file itself"),
+    ("\ufeff", "begins with a second byte order mark: save it as UTF-8 once more"),
+    (r"\s*<(!doctype|!--|html|head|body|\?xml)", "is a web page or XML: download the file itself"),
     (r"version https://git-lfs", "is a pointer of Git LFS: fetch the file with git lfs pull"),
     (r'\s*(\{\s*"|\[\s*[\[{])', "is JSON: --stdin sends lines of JSON objects"),
     (r"[^,\n]*;[^,\n]*\n.*;", "is separated by semicolons: save it with commas"),
@@ -101,7 +102,8 @@ def checked_lines(path: Path, text: TextIO) -> Iterator[str]:
         is_plain = line.isascii() and "\0" not in line  # a search takes longer
         bad = None if is_plain else re.search("[\0\udc80-\udcff]", line)
         if bad and bad[0] == "\0":
-            raise wrong(path, f"has a NUL byte in line {number}: it is damaged, or no text")
+            kinds = "it is damaged, UTF-16 without its mark, or a spreadsheet; save it as UTF-8 CSV"
+            raise wrong(path, f"has a NUL byte in line {number}: {kinds}")
         if bad:
             where = f"line {number} has the byte 0x{ord(bad[0]) - 0xDC00:02x}"
             raise wrong(path, f"is not UTF-8: {where}; save it as UTF-8")
@@ -113,10 +115,22 @@ def records(path: Path) -> Iterator[tuple[int, list[str]]]:
     are none, as in pandas."""
     csv.field_size_limit(2**31 - 1)
     with open_text(path) as text:
-        reader = csv.reader(checked_lines(path, text))
+        last_line: deque[str] = deque(maxlen=1)
+
+        def lines() -> Iterator[str]:
+            for line in checked_lines(path, text):
+                last_line.append(line)
+                yield line
+
+        end = "\0,\0"  # two cells, or part of one where nothing closes a quote
+        reader = csv.reader(chain(lines(), [end]))
         line = 1
         for record in reader:
-            if len(record) > 1 or "".join(record).strip(" \t"):
+            if record == end.split(","):
+                return
+            if record and end in record[-1]:
+                raise wrong(path, f"has a quote in line {line} that nothing closes")
+            if last_line[0].strip(" \t\r\n"):  # a cell of blanks in quotes is no blank line
                 yield line, record
             line = reader.line_num + 1
             if line % PROGRESS == 0:
@@ -239,10 +253,15 @@ def chunks(path: Path) -> Iterator[pd.DataFrame]:
     """The rows, each cell as text, CHUNK at a time."""
     options: dict[str, Any] = {"dtype": object, "na_filter": False, "index_col": False}
     with open_text(path) as text:
-        if not any("\n" in line for line in text):
-            # Not told so, pandas reads rows again at a line that begins with a blank.
-            options["lineterminator"] = "\r"
-    with open_text(path) as text:
+        for _ in text:
+            pass  # until it has seen how each line ends
+        kinds = text.newlines
+        text.seek(0)
+        if kinds == "\r" or (isinstance(kinds, tuple) and "\r" in kinds):
+            # After a lone CR, pandas reads rows again where a line begins with a blank.
+            text = io.StringIO()
+            csv.writer(text, quoting=csv.QUOTE_ALL).writerows(record for _, record in records(path))
+            text.seek(0)
         for number, chunk in enumerate(pd.read_csv(text, chunksize=CHUNK, **options), 1):
             yield chunk
             if number * CHUNK % PROGRESS == 0:
@@ -264,13 +283,12 @@ def read_table(path: Path) -> tuple[list[Any], dict[str, Column], list[int]]:
         return rows, columns, short
     except SettingsError:
         raise
-    except pd.errors.ParserError:
-        line, _ = deque(records(path), 1)[0]
-        raise wrong(path, f"has a quote in line {line} that nothing closes") from None
+    except UnicodeDecodeError as error:
+        raise wrong(path, f"cannot be read as UTF-16 ({error.reason}): save it as UTF-8") from None
     except Exception as error:  # each decompressor has errors of its own
         with suppress(OSError), path.open("rb") as file:
             check_kind(path, file.read(1000).decode("latin-1"))
-        hint = "if it is an archive, it may be damaged or cut short: fetch it again"
+        hint = "is it damaged or cut short, or an archive of several files? Fetch or unpack it"
         raise wrong(path, f"cannot be read: {config.explain(error)}; {hint}") from None
 
 
@@ -330,6 +348,8 @@ def read_lines(stream: IO[bytes], key_field: str, rows: queue.Queue[Row]) -> Non
     Raises BadInput for a line that is no JSON object."""
     for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE), b""), 1):
         value = line.removesuffix(b"\n").removesuffix(b"\r")
+        if number == 1:
+            value = value.removeprefix(codecs.BOM_UTF8)  # PowerShell begins a pipe with it
         if not value.strip():
             continue
         try:
@@ -360,6 +380,7 @@ def json_lines(stream: IO[bytes], key_field: str) -> Iterator[Row | None]:
 
 # ------------------------------------------------------------------------------------- the sending
 
+GONE_AFTER = 8.0  # s without an answer after which the partition itself is doubted
 PRINTED_RATE = 100  # msg/s up to which every record is waited for and printed
 MAX_UNACKNOWLEDGED = 5_000  # records under way at most: what is in memory when the broker is down
 
@@ -430,10 +451,21 @@ class Sender:
             self.answered_at = self.clock()
         self.note_silence()
 
+    def check_partition(self) -> None:
+        """Raises Failure where the partition of the oldest record is gone: it would wait for ever,
+        and all behind it."""
+        partition = self.line[0][1]._produce_future.topic_partition.partition
+        with suppress(KafkaTimeoutError):  # nothing is known of the topic
+            if partition not in self.producer.partitions_for(self.topic):
+                gone = f"topic {self.topic} has no partition {partition} any more"
+                raise Failure(f"{gone}: was it deleted and made anew? Start again")
+
     def note_silence(self) -> None:
         """Say when an answer is owed for 2 s or longer, and when it has come."""
         problems = {}
         seconds = self.clock() - self.answered_at
+        if seconds >= GONE_AFTER and self.line:
+            self.check_partition()
         if seconds >= 2:
             waiting = f"{len(self.line)} records wait, in order; none is dropped{config.last_words}"
             text = f"no answer from the broker for {seconds:.0f} s: {waiting}"
@@ -458,7 +490,7 @@ class Sender:
     def refusal(self, error: Exception, row: Row) -> Failure:
         self.failed += 1
         record = f"the record ({len(row[1])} bytes): {row[1][:200].decode(errors='replace')}"
-        why = f"{type(error).__name__}: {error}"
+        why = config.explain(error)
         return Failure(f"the broker refused a record for topic {self.topic}: {why}; {record}")
 
     def farewell(self) -> str:

@@ -10,6 +10,7 @@ import os
 import re
 import tempfile
 import time
+import zipfile
 from collections import Counter, deque
 from itertools import islice
 from pathlib import Path
@@ -18,7 +19,8 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kafka.errors import KafkaError, KafkaTimeoutError, MessageSizeTooLargeError
+from kafka import TopicPartition
+from kafka.errors import KafkaError, KafkaTimeoutError, MessageSizeTooLargeError, UnknownError
 from kafka.errors import TopicAuthorizationFailedError as NotAllowed
 from pandas._libs.parsers import STR_NA_VALUES
 
@@ -358,6 +360,7 @@ class Sent:
 
     def __init__(self, clock, offset, at, error=None):
         self.clock, self.offset, self.at, self.error = clock, offset, at, error
+        self._produce_future = SimpleNamespace(topic_partition=TopicPartition("test", 0))
 
     @property
     def is_done(self):
@@ -389,6 +392,12 @@ class Broker:
         self.down = self.up = math.inf
         self.errors = {}  # by offset
         self.raises = deque()  # for the next calls of send
+        self.partitions = {0}
+
+    def partitions_for(self, topic):
+        if self.partitions is None:
+            raise KafkaTimeoutError("no metadata")
+        return self.partitions
 
     def send(self, topic, key, value):
         self.clock.now += self.cost
@@ -610,6 +619,16 @@ def test_silence_is_said_after_2_s_then_every_30_s_and_so_is_its_end(clock, brok
     assert "the broker answers again after 70" in said[3]
 
 
+def test_a_partition_that_is_gone_ends_it_and_a_topic_that_is_gone_is_waited_for(clock, broker):
+    broker.down, broker.up = clock(), clock() + 40
+    broker.partitions = None
+    sender = Sender(broker, "test", 1, clock)
+    going(sender, ROW, clock, clock() + 30)
+    broker.partitions = {1}
+    with pytest.raises(Failure, match=r"topic test has no partition 0 any more.*Start again"):
+        going(sender, ROW, clock, clock() + 5)
+
+
 def test_a_slow_pace_is_not_silence(clock, lines):
     broker = Broker(clock, latency=1.2)
     sender = Sender(broker, "test", 0.01, clock)
@@ -821,3 +840,69 @@ def test_at_most_16_lines_are_read_ahead():
     next(rows)
     time.sleep(0.2)  # it must not read on; that it had the time proves nothing else
     assert pipe.tell() <= 18 * len(b"{}\n")
+
+
+@pytest.mark.parametrize(
+    ("content", "rows"),
+    [
+        ("name,qty\r\npear,1\r\n\r,5\r\n", [("pear", 1), (None, 5)]),
+        ("name,qty\npear,1\n\r,5\n", [("pear", 1), (None, 5)]),
+        ("name,qty\r plum,2\n", [(" plum", 2)]),
+        ("name,qty\rpear,1\r plum,2\r fig,3\r\n", [("pear", 1), (" plum", 2), (" fig", 3)]),
+        ("name,qty\npear,1\n plum,2\r fig,3\n", [("pear", 1), (" plum", 2), (" fig", 3)]),
+        ("name,qty\rpear,1\r plum,2\n" + "pear,1\r plum,2\n" * 2, [("pear", 1), (" plum", 2)] * 3),
+        ('name,qty\n"a\rb",1\r "x",2\n', [("a\rb", 1), (' "x"', 2)]),
+    ],
+)
+def test_lines_that_end_in_different_ways_are_the_rows_that_they_look_like(tmp_path, content, rows):
+    path = tmp_path / "mixed.csv"
+    path.write_bytes(content.encode())
+    values = [json.loads(value) for _, value in read_rows(path)]
+    assert [(row["name"], row["qty"]) for row in values] == rows
+
+
+def test_a_byte_order_mark_written_twice_is_one_clear_line(tmp_path):
+    path = tmp_path / "twice.csv"
+    path.write_bytes('\ufeff\ufeff"a,b",c\n1,2\n'.encode())
+    with pytest.raises(SettingsError, match="second byte order mark"):
+        read_rows(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "line"), [('n\n""\n""\n1\n2\nx\n3\n4\n', 6), ('n\n" "\n\n1\n2\nx\n3\n', 6)]
+)
+def test_cells_of_blanks_in_quotes_are_lines_like_others(tmp_path, lines, content, line):
+    path = tmp_path / "blanks.csv"
+    path.write_text(content)
+    read_rows(path)
+    assert any(f"the first 'x' in line {line}" in said for said in lines())
+
+
+def test_an_archive_of_several_files_is_said_as_that(tmp_path):
+    path = tmp_path / "two.csv.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.csv", "a\n1\n")
+        archive.writestr("__MACOSX/a.csv", "a\n1\n")
+    with pytest.raises(SettingsError, match=r"an archive of several files\? .*unpack it"):
+        read_rows(path)
+
+
+def test_a_pipe_that_begins_with_a_byte_order_mark_is_read_without_it():
+    rows = json_lines(io.BytesIO(b'\xef\xbb\xbf{"a":1}\r\n{"a":2}\n'), "")
+    assert [row for row in rows if row] == [(None, b'{"a":1}'), (None, b'{"a":2}')]
+
+
+def test_a_compacted_topic_that_refuses_a_record_without_a_key_is_explained(clock, broker):
+    broker.errors[0] = UnknownError()
+    sender = Sender(broker, "test", 1, clock)
+    sender.submit(ROW)
+    with pytest.raises(Failure, match=r"UnknownError.*cleanup\.policy=compact.*without a key"):
+        sender.settle(1)
+
+
+@pytest.mark.parametrize("content", ['a,b\n"', 'a,b\n1,"2\n', 'a,b\r1,2\n,a\r, ,,"\n\n'])
+def test_a_quote_that_nothing_closes_is_named_with_its_line(tmp_path, content):
+    path = tmp_path / "open.csv"
+    path.write_bytes(content.encode())
+    with pytest.raises(SettingsError, match=r"has a quote in line \d that nothing closes"):
+        read_rows(path)
