@@ -37,6 +37,7 @@ if problem := _installation_problem():  # before the imports that it is about
     sys.exit(2)
 
 import argparse
+import atexit
 import difflib
 import io
 import json
@@ -93,14 +94,21 @@ CREDENTIALS = {
 NOT_S3 = "that is no answer of S3: is S3_ENDPOINT_URL right, is a proxy in between?"
 HINTS = {
     "AccessDenied": "does the policy allow s3:PutObject, s3:GetObject and s3:ListBucket here?",
+    "ConnectionClosedError": "is it http or https? See S3_ENDPOINT_URL",
     "EndpointConnectionError": "see S3_ENDPOINT_URL; is the server up?",
-    "KafkaTimeoutError": "does KAFKA_DLQ_TOPIC exist? Create it",
+    "SSLError": "name the file of a private authority in AWS_CA_BUNDLE; is it https at all?",
+    "KafkaTimeoutError": "does KAFKA_DLQ_TOPIC exist, and may this user see it? Create it",
+    "InconsistentGroupProtocolError": "another program is in KAFKA_GROUP_ID: take another group",
+    "GroupAuthorizationFailedError": "allow this user Read on the group KAFKA_GROUP_ID",
+    "TopicAuthorizationFailedError": "allow this user Read, or Write, on the topic: see the ACLs",
+    "UnknownError": "a topic with cleanup.policy=compact takes no record without a key",
     "MessageSizeTooLargeError": "raise max.message.bytes of KAFKA_DLQ_TOPIC",
     "NoSuchBucket": "create it, or correct S3_BUCKET",
     "RequestTimeTooSkewed": "set this machine's clock",
     "ResponseParserError": NOT_S3,
     "InvalidObjectState": "it is in an archive (Glacier): restore it, or change S3_PREFIX",
     **dict.fromkeys(CREDENTIALS, "check or renew the AWS credentials"),
+    **dict.fromkeys(("SSOTokenLoadError", "UnauthorizedSSOTokenError"), "aws sso login"),
 }
 
 
@@ -122,6 +130,8 @@ def explain(error: BaseException) -> str:
     message = _s3_error(error).get("Message", str(error))
     if isinstance(error, TimeoutError):
         message = "no answer in time"
+    if code == "TopicAuthorizationFailedError":  # the client takes the name for a set of letters
+        message = "the broker refuses it"
     message = message.removeprefix(f"{code}: ")  # as the Kafka client's errors begin
     # A status in the place of a code: the answer had no error of S3 in it.
     hint = NOT_S3 if code.isdecimal() else HINTS.get(code)
@@ -197,7 +207,9 @@ def _url(text: str) -> str:
     url = urlsplit(text)
     if url.scheme not in ("http", "https") or not url.hostname or url.port == 0:
         raise ValueError("must be an address such as http://localhost:9000, or empty: AWS")
-    return text
+    if "@" in url.netloc:
+        raise ValueError("must hold no user and password: AWS_ACCESS_KEY_ID is for that")
+    return url._replace(netloc=url.netloc.lower()).geturl()  # as it is signed
 
 
 def _prefix(text: str) -> str:
@@ -275,7 +287,8 @@ class Settings:
                 problems.append(f"{name}: must be UTF-8")
             except ValueError as error:
                 instead = f"; leave it out for {default}" if default and not text else ""
-                problems.append(f"{name}={text!r}: {printable(str(error))}{instead}")
+                shown = re.sub("//.*@", "//...@", text)  # what is in front may be a password
+                problems.append(f"{name}={shown!r}: {printable(str(error))}{instead}")
         problems += [*_kafka_problems(values), *_other_problems(values)]
         problems += filter(None, [check(values) for check in checks])
         if problems:
@@ -488,19 +501,42 @@ class _Stream(logging.StreamHandler):
             super().handleError(record)
 
 
+_LAST_WORDS = {  # what to try, by what is in them
+    "NotEnoughReplicas": "fewer replicas are in sync than the topic's min.insync.replicas",
+    "UnknownTopicOrPartition": "the topic is gone, or was made anew with fewer partitions",
+    "SaslAuthenticationFailed": "are the user and password right?",
+}
+
+
 class _LastWords(logging.Handler):
     """Keeps what the Kafka client said last: often the only place where it says why it fails."""
 
     text = ""
+    said_at = 0.0
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.text = " ".join(record.getMessage().split())
+        text = " ".join(record.getMessage().split())
+        if "refreshing metadata" not in text:  # says nothing of the reason, which was said before
+            self.text, self.said_at = text, time.monotonic()
 
     def __str__(self) -> str:
-        return f" (the client says: {self.text})" if self.text else ""
+        if not self.text or time.monotonic() - self.said_at > 60:  # it repeats what still holds
+            return ""
+        hints = [hint for name, hint in _LAST_WORDS.items() if name in self.text]
+        return f" (the client says: {'; '.join([self.text, *hints])})"
 
 
 last_words = _LastWords()
+
+
+@atexit.register
+def _drop_unwritten() -> None:
+    """What a full disk or a reader that has left did not take changes no exit code."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def setup_logging(settings: Settings) -> None:

@@ -21,8 +21,10 @@ import argparse
 import asyncio
 import concurrent.futures
 import gc
+import html
 import logging
 import math
+import os
 import random
 import re
 import socket
@@ -74,11 +76,15 @@ TIMEOUT = 3.0  # s of silence after which an attempt has failed; trying again is
 MAX_PAUSE = 1.0  # s between attempts while S3 fails; with TIMEOUT less than the 5 s of promise 4
 CREDENTIALS_WAIT = 60.0  # s (promise 10)
 CHUNK = 2**14  # bytes, of a large value: each that leaves is a sign of life
+TRICKLE = 1024  # bytes of an answer: fewer in TIMEOUT are none
 SESSION_MS = 6000  # the broker's minimum: how long a killed member is missed
 LOOK_EVERY = 2.0  # s between the monitor's questions to the brokers
 STANDS_AFTER = 5.0  # s without a record though there are some
 STANDS_PAUSE = 4.0  # s for which such a partition is not fetched
 STANDS_RETRY = 0.5  # s in which it shows then whether it gives records again
+
+# What a commit's metadata says of the records that retention removed before they were written.
+LOST = re.compile(r"lost ([0-9]+-[0-9]+(?:,[0-9]+-[0-9]+)*)")
 
 EXPECTED = (  # errors that are said in one line, without a traceback
     *(S3Error, ClientError, BotoCoreError, aiohttp.ClientError, OSError, KafkaError),
@@ -138,10 +144,10 @@ class Answer(NamedTuple):
     def element(self, name: str) -> str:
         """The text of an element of S3's XML; "" when the answer has none."""
         found = re.search(rf"<{name}>([^<]*)</{name}>", self.body.decode(errors="replace"))
-        return found[1] if found else ""
+        return html.unescape(found[1]) if found else ""
 
     def etag(self) -> str:
-        return self.headers.get("ETag", "").strip('"')
+        return self.headers.get("ETag", "").removeprefix("W/").strip('"').lower()
 
     def has_md5(self, value: bytes) -> bool:
         return self.etag() == md5(value, usedforsecurity=False).hexdigest()
@@ -195,7 +201,10 @@ class SignedHttp:
         self.proxy = ProxyConfiguration(get_environ_proxies(address)).proxy_url_for(address)
         context = ssl.create_default_context(cafile=get_cert_path(verify))
         connector = aiohttp.TCPConnector(
-            limit=connections, ssl=context, socket_factory=_socket_with_small_buffer
+            limit=connections,
+            ssl=context,
+            socket_factory=_socket_with_small_buffer,
+            ttl_dns_cache=1,  # s: a name that moves to another address is followed
         )
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT)
         self.http = aiohttp.ClientSession(connector=connector, timeout=timeout)
@@ -213,7 +222,8 @@ class SignedHttp:
         has read all of it, and asyncio reads nothing more from a connection that it cannot write
         to: the answer is only seen when it comes between two writes.
 
-        Raises TimeoutError after TIMEOUT seconds in which no byte moved."""
+        Raises TimeoutError after TIMEOUT seconds in which nothing moved, or no more than TRICKLE
+        bytes of the answer."""
         url = self.address + quote(name, safe="/~")
         request = SimpleNamespace(
             method=method, url=url, params=None, headers=dict(headers), body=value, context={}
@@ -238,9 +248,12 @@ class SignedHttp:
                 proxy=self.proxy,
                 allow_redirects=False,
             ) as answer:
+                heard = -TRICKLE
                 async for chunk in answer.content.iter_any():
                     body += chunk
-                    silence.reschedule(now() + TIMEOUT)
+                    if len(body) >= heard + TRICKLE:
+                        heard = len(body)
+                        silence.reschedule(now() + TIMEOUT)
                 return Answer(answer.status, answer.headers, bytes(body))
 
 
@@ -302,6 +315,9 @@ class Bucket:
         # With `Expect: 100-continue` an upload can wait for ever (no timeout covers it).
         self.session.unregister("before-call.s3", botocore.handlers.add_expect_header)
         limits = {"connect_timeout": TIMEOUT, "read_timeout": 5}
+        authorities = self.session.get_config_variable("ca_bundle")
+        if authorities and not os.path.isfile(authorities):
+            raise S3Error("NoSuchFile", f"AWS_CA_BUNDLE={authorities}: there is no such file")
         client = await S3FileSystem(
             endpoint_url=self.settings.s3_endpoint_url,
             session=self.session,
@@ -310,10 +326,11 @@ class Bucket:
         ).set_session()
 
         def note(request: Any, region_name: str, **_: Any) -> None:
-            verify = self.session.get_config_variable("ca_bundle") or True
             address = request.url.partition("?")[0].rstrip("/") + "/"
+            # The bucket's own region, where it is another and botocore has asked for it.
+            region = request.context.get("signing", {}).get("region") or region_name
             connections = self.settings.s3_max_concurrency
-            self.http = SignedHttp(address, region_name, verify, connections)
+            self.http = SignedHttp(address, region, authorities or True, connections)
 
         def prove(response_dict: dict[str, Any], **_: Any) -> None:
             """An empty page parses as an empty listing."""
@@ -345,12 +362,22 @@ class Bucket:
         Raises Conflict for other bytes, Failure for a server that ignores the condition, and
         S3Error, or what the connection raises, for what may pass.
         """
-        if check_first and await self.has(name, value):
+        # Before the condition is known to be honoured, nothing is sent over what is there.
+        if (check_first or not self.honours_condition) and await self.may_have(name, value):
             return "replayed"
         outcome = await self.make(name, value)
         if not self.honours_condition:  # the first of this run, and it is made alone
             await self.check_condition(name, value)
         return outcome
+
+    async def may_have(self, name: str, value: bytes) -> bool:
+        """As `has`, and False where it is not allowed to look."""
+        try:
+            return await self.has(name, value)
+        except S3Error as error:
+            if error.code != "AccessDenied":
+                raise
+            return False
 
     async def make(self, name: str, value: bytes) -> str:
         try:
@@ -422,8 +449,11 @@ async def _slowly(asked: Coroutine[Any, Any, Any]) -> Any:
             return await asked
     except TimeoutError:
         raise S3Error("CredentialsTimeout", "no AWS credentials within 60 s") from None
-    except ClientError as error:  # of the service that gives them, whose AccessDenied is not S3's
-        raise S3Error("CredentialRetrievalError", str(error)) from None
+    except BotoCoreError:
+        raise
+    except Exception as error:  # of the service, or the program, that gives them
+        text = f"{type(error).__name__}: {error}"
+        raise S3Error("CredentialRetrievalError", text) from None
     finally:
         warning.cancel()
 
@@ -683,10 +713,13 @@ class Monitor:
                 f" records in hand wait, nothing is lost{config.last_words}"
             )
             return {"the broker answers": config.Problem(text, since=silent_since)}
+        if now - sink.stepped_at > 5 and sink.called_at == math.inf:
+            text = "the line about a record waits: what reads this script's output does not go on"
+            return {"the output is read": config.Problem(text, since=sink.stepped_at)}
         found = {}
         if state and not state.ends:
             text = f"topic {topic} does not exist any more, or this user may not see it"
-            found["the topic is there"] = config.Problem(text)
+            return {"the topic is there": config.Problem(text)}
         for tp in sink.assigned:
             partition = sink.partitions.get(tp)
             why = (state.problems.get(tp) if state else "") or (partition and partition.stalled)
@@ -1042,7 +1075,8 @@ class Sink(ConsumerRebalanceListener):
             record, error, what = taken.record, taken.error, taken.what
             assert error
             place = f"{record.topic}/{record.partition}/{record.offset}: {explain(error)}"
-            text = f"{what} failing, holding at {place}; nothing is skipped"
+            hint = "" if what == "S3" else config.last_words
+            text = f"{what} failing, holding at {place}{hint}; nothing is skipped"
             if earlier := found.get(f"{what} answers"):
                 text = f"{earlier.text}; also at {place}"
             known = isinstance(error, EXPECTED)
@@ -1122,7 +1156,8 @@ class Sink(ConsumerRebalanceListener):
             self.consumer.resume(tp)
             partition = Partition(positions[tp], positions[tp], moved_at=self.clock())
             if tp in state.committed:
-                _, _, partition.lost = state.committed[tp].metadata.partition("lost ")
+                noted = LOST.fullmatch(state.committed[tp].metadata)
+                partition.lost = noted[1] if noted else ""
             if tp in state.committed and positions[tp] and tp not in self.last_committed:
                 text = (
                     "%s/%d: group %s goes on at its position %d; what is before it should be under"
@@ -1318,6 +1353,7 @@ def run(sink: Sink, stop: config.Stop) -> None:
         while not stop.requested and stats.done < sink.limit:
             stop.check()
             sink.step()
+        sink.stepped_at = math.inf
         sink.drain(2)
     except config.Unreadable:
         sink.drain(2)  # what stands in front of it
@@ -1367,6 +1403,8 @@ def check_bucket(bucket: Bucket) -> None:
             raise Failure(f"{where}: {explain(error)}") from None
         if answer.status == 403:
             raise Failure(f"{where}: {explain(answer.error())}")
+        if answer.status == 200:
+            raise Failure(bucket.is_unsafe("ignores If-Match"))
     shown = [f"{settings.s3_bucket}/{name}" for name in names] or [settings.s3_bucket]
     output.info("Connection Test:  %s", shown)
     if not listed:
@@ -1405,6 +1443,7 @@ def consume(settings: Settings, bucket: Bucket, stop: config.Stop, limit: float)
         session_timeout_ms=SESSION_MS,
         heartbeat_interval_ms=2000,
         request_timeout_ms=max(7000, settings.kafka_request_timeout_ms),  # above the session's
+        metadata_max_age_ms=5000,  # partitions that are added are found
         retry_backoff_ms=2,  # also how long a poll can be held up by the heartbeat thread
         max_partition_fetch_bytes=2**18,  # 10 MB less memory, no slower; a larger one comes
     )
@@ -1435,8 +1474,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             return audit.run(settings, stop)
         if settings.kafka_dlq_topic not in config.check_kafka(settings):
-            text = "KAFKA_DLQ_TOPIC=%s does not exist: create it; what is no JSON object waits"
-            log.warning(text, settings.kafka_dlq_topic)
+            text = "KAFKA_DLQ_TOPIC=%s does not exist, or this user may not see it: create it; %s"
+            log.warning(text, settings.kafka_dlq_topic, "what is not a JSON object waits")
         if settings.s3_max_concurrency > WINDOW:
             text = "S3_MAX_CONCURRENCY=%d: there are %d uploads at once at most"
             log.warning(text, settings.s3_max_concurrency, WINDOW)

@@ -182,27 +182,41 @@ def test_a_redirect_names_where_it_points_and_what_to_set(loop):
 
 
 def test_the_first_object_of_a_run_is_put_twice_and_the_second_must_be_refused(loop):
-    bucket = Answering(made(), REFUSED, made(b"w"), honours=False)
+    bucket = Answering(MISSING, made(), REFUSED, made(b"w"), honours=False)
     assert loop.run_until_complete(bucket.create("n", b"v")) == "written"
     assert loop.run_until_complete(bucket.create("m", b"w")) == "written"
-    assert [name for _, name, *_ in bucket.asked] == ["n", "n", "m"]
-    assert bucket.asked[0] == bucket.asked[1]
+    assert [name for _, name, *_ in bucket.asked] == ["n", "n", "n", "m"]
+    assert bucket.asked[1] == bucket.asked[2]
+
+
+def test_what_is_there_is_seen_before_a_server_that_may_ignore_the_condition_gets_the_first(loop):
+    bucket = Answering(there(b"other"), there(b"other"), honours=False)
+    with pytest.raises(Conflict):
+        loop.run_until_complete(bucket.create("n", b"v"))
+    assert bucket.methods() == ["HEAD", "GET"]
+
+
+def test_a_user_who_may_not_look_creates_the_first_object_all_the_same(loop):
+    denied = Answer(403, {}, xml("AccessDenied"))
+    bucket = Answering(denied, denied, made(), REFUSED, honours=False)
+    assert loop.run_until_complete(bucket.create("n", b"v")) == "written"
+    assert bucket.methods() == ["HEAD", "GET", "PUT", "PUT"]
 
 
 def test_a_server_that_ignores_the_condition_ends_the_run(loop):
     with pytest.raises(Failure, match=r"ignores If-None-Match.*use one that knows"):
-        loop.run_until_complete(Answering(made(), made(), honours=False).create("n", b"v"))
+        loop.run_until_complete(Answering(MISSING, made(), made(), honours=False).create("n", b"v"))
 
 
 def test_a_server_that_does_not_know_the_condition_ends_the_run(loop):
     answer = Answer(501, {}, xml("NotImplemented"))
     with pytest.raises(Failure, match="501 NotImplemented"):
-        loop.run_until_complete(Answering(answer, honours=False).create("n", b"v"))
+        loop.run_until_complete(Answering(MISSING, answer, honours=False).create("n", b"v"))
 
 
 def test_a_second_put_without_a_clear_answer_is_tried_again_with_the_next_attempt(loop):
-    again = [REFUSED, there()]
-    bucket = Answering(made(), Answer(503, {}, xml("SlowDown")), *again, honours=False)
+    again = [MISSING, REFUSED, there()]
+    bucket = Answering(MISSING, made(), Answer(503, {}, xml("SlowDown")), *again, honours=False)
     with pytest.raises(S3Error):
         loop.run_until_complete(bucket.create("n", b"v"))
     assert not bucket.honours_condition
@@ -325,6 +339,27 @@ def test_an_upload_over_a_slow_link_may_take_any_time_while_bytes_move(loop, wir
     assert answer.status == 200 and answer.body == b"body"
     assert connection.seen[0][2] == value
     assert loop.time() - began > 10 * TIMEOUT * 0.9
+
+
+def test_an_answer_that_trickles_is_no_answer_in_time(loop, wired):
+    http, connection = wired
+    connection.pause = TIMEOUT / 3
+    connection.chunks = [b"-"] * 100
+    began = loop.time()
+    with pytest.raises(TimeoutError):
+        loop.run_until_complete(http.send("PUT", "n", KEYS, b"v", {}))
+    assert loop.time() - began < 3 * TIMEOUT
+
+
+@pytest.mark.parametrize("form", ['W/"%s"', '"%s"'])
+def test_an_etag_is_the_md5_in_any_form(form):
+    etag = form % md5(b"v").hexdigest().upper()
+    assert Answer(200, {"ETag": etag}, b"").has_md5(b"v")
+
+
+def test_an_error_of_s3_is_said_as_plain_text():
+    answer = Answer(400, {}, xml("AuthorizationHeaderMalformed", "expecting &#34;us-east-1&#34;"))
+    assert 'expecting "us-east-1"' in explain(answer.error())
 
 
 # ---------------------------------------------------------------------------------- credentials

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kafka.errors import TopicAuthorizationFailedError
 
 import config
 import kafka_consumer
@@ -901,3 +902,29 @@ config.output.info("record")
 logging.error("line")
 sys.exit(7 if sys.stderr.isatty() is False else 1)
 """
+
+
+def test_the_last_words_are_kept_where_they_say_why_and_explained_and_forgotten(logs, monkeypatch):
+    logs()
+    client = logging.getLogger("kafka.client")
+    client.error("Got NotEnoughReplicasError, retrying")
+    client.warning("Node 0 connection failed -- refreshing metadata")
+    assert re.search(r"NotEnoughReplicasError.*; .*min\.insync\.replicas", str(config.last_words))
+    monkeypatch.setattr(config.last_words, "said_at", time.monotonic() - 61)
+    assert str(config.last_words) == ""
+
+
+def test_a_password_in_an_address_is_refused_and_not_shown():
+    with pytest.raises(SettingsError) as caught:
+        Settings.from_env({"S3_ENDPOINT_URL": "http://user:sEcRet@host:9000"})
+    assert "S3_ENDPOINT_URL" in str(caught.value) and "sEcRet" not in str(caught.value)
+
+
+def test_the_host_of_an_address_is_in_lower_case_as_it_is_signed():
+    settings = Settings.from_env({"S3_ENDPOINT_URL": "http://LOCALHOST:9000/Path"})
+    assert settings.s3_endpoint_url == "http://localhost:9000/Path"
+
+
+def test_a_topic_that_may_not_be_read_is_not_spelt_out_in_letters():
+    text = config.explain(TopicAuthorizationFailedError(set("topic")))
+    assert "{" not in text and "ACL" in text

@@ -623,6 +623,15 @@ def test_what_retention_removed_stays_in_the_metadata_of_every_later_commit(sink
     assert topic.metadata == {TP: "lost 10-59,100-199"}
 
 
+@pytest.mark.parametrize("metadata", ["set by ops", "lost and found", "x" * 4094])
+def test_what_another_program_noted_with_a_commit_is_no_lost_range(sinks, clock, metadata):
+    sink, topic, _uploads = sinks(100, group={TP: 10})
+    topic.metadata[TP] = metadata
+    topic.begins[TP] = 60
+    stepping(sink, clock, 1)
+    assert topic.metadata == {TP: "lost 10-59"}
+
+
 def test_lost_ranges_never_outgrow_the_metadata_and_the_newest_stay_apart():
     ranges = ""
     for first in range(10**9, 10**9 + 10_000, 10):
@@ -1169,7 +1178,21 @@ def test_a_topic_that_is_gone_is_said(sinks, clock, lines):
     topic.mute = {TP}
     topic.seen = lambda asked_at: TopicState(asked_at, {}, {}, {}, {})
     stepping(sink, clock, 5)
-    assert any("topic test does not exist any more" in line for line in lines())
+    said = lines()
+    assert any("topic test does not exist any more" in line for line in said)
+    assert not any("the others go on" in line for line in said)
+
+
+def test_an_output_that_nobody_reads_is_said(sinks, clock, lines):
+    sink, _topic, _uploads = sinks(10)
+    stepping(sink, clock, 1)
+    for _ in range(60):  # the main thread waits in the line about a record
+        clock.wait(0.1)
+        sink.monitor.tick()
+    said = [line for line in lines() if "does not go on" in line]
+    assert len(said) == 1 and "output" in said[0]
+    stepping(sink, clock, 1)
+    assert any(line.startswith("the output is read again after") for line in lines())
 
 
 def test_a_member_without_a_partition_says_why_it_waits(sinks, clock, lines):
