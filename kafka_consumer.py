@@ -1483,7 +1483,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_bucket(bucket)
         consume(settings, bucket, stop, args.max_messages)
     except SettingsError as error:
-        print(*error.args, sep="\n", file=sys.stderr)
+        with suppress(OSError):  # a full disk
+            print(*error.args, sep="\n", file=sys.stderr)
         return 2
     except (Failure, *EXPECTED) as error:
         log.error("%s", error if isinstance(error, Failure) else explain(error))

@@ -621,7 +621,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             with suppress(KafkaTimeoutError):  # said above
                 producer.close(timeout=0.5)
     except SettingsError as error:
-        print(*error.args, sep="\n", file=sys.stderr)
+        with suppress(OSError):  # a full disk
+            print(*error.args, sep="\n", file=sys.stderr)
         return 2
     except Failure as error:
         log.error("%s", error)

@@ -928,3 +928,19 @@ def test_the_host_of_an_address_is_in_lower_case_as_it_is_signed():
 def test_a_topic_that_may_not_be_read_is_not_spelt_out_in_letters():
     text = config.explain(TopicAuthorizationFailedError(set("topic")))
     assert "{" not in text and "ACL" in text
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        ("kafka_consumer.py --help >/dev/full", 0),
+        ("kafka_producer.py --help >/dev/full", 0),
+        ("kafka_consumer.py 2>/dev/full", 2),
+    ],
+)
+def test_a_full_disk_under_the_output_changes_no_exit_code(command, code):
+    environ = {**os.environ, "S3_BUCKET": ""}
+    line = f"exec {sys.executable} {command}"
+    done = subprocess.run(["sh", "-c", line], cwd=HERE, env=environ, timeout=60)
+    assert done.returncode == code

@@ -194,3 +194,18 @@ def test_a_record_too_large_for_the_topic_alone_ends_the_producer_too(
     assert script.wait() == 1
     assert "Traceback" not in script.stderr
     assert records(kafka.bootstrap, f"{topic}_small") == []
+
+
+def test_a_topic_made_anew_with_fewer_partitions_ends_the_producer_with_a_word(run, env, kafka):
+    name = "shrinks"
+    kafka.create_topic(name, partitions=3)
+    env = {**env, "KAFKA_TOPIC": name}
+    script = run("kafka_producer.py", "--rate", "20", env=env)
+    script.wait_for(rf"Topic: {name} \| Partition: 2", stream="stdout")
+    kafka.delete_topic(name)
+    kafka.create_topic(name)
+    assert script.wait(60) == 1
+    assert re.search(
+        rf"ERROR topic {name} has no partition [12] any more.*Start again", script.stderr
+    )
+    assert "may or may not be in the topic" in script.stderr

@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 import pytest
-from confluent_kafka import Consumer, ConsumerGroupTopicPartitions
-from confluent_kafka.admin import AdminClient
+from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, Producer
+from confluent_kafka.admin import AdminClient, NewPartitions
 from helpers import committed, delete_records, members, produce, until, until_done
 
 pytestmark = pytest.mark.real
@@ -224,3 +224,25 @@ def test_a_heartbeat_thread_that_has_died_ends_the_consumer_with_one_line(
     produce(kafka.bootstrap, topic, numbered(0, 3))
     script = run("kafka_consumer.py", env=broken_client(env, tmp_path, HEARTBEAT))
     ends_with_one_line(script, "heartbeat")
+
+
+def test_partitions_that_are_added_are_served_soon_and_from_their_beginning(
+    run, env, kafka, topic, objects
+):
+    env = {**env, "KAFKA_AUTO_OFFSET_RESET": "latest"}
+    script = run("kafka_consumer.py", env=env)
+    script.wait_for(rf"begins {topic}/0", stream="stderr")
+    admin = AdminClient({"bootstrap.servers": kafka.bootstrap})
+    admin.create_partitions([NewPartitions(topic, 3)])[topic].result(10)
+    for partition in range(3):
+        until(lambda at=partition: send_to(kafka.bootstrap, topic, at), what="a new partition")
+    until(lambda: len(objects()) == 3, SOON, "the objects of the new partitions")
+
+
+def send_to(bootstrap: str, topic: str, partition: int) -> bool:
+    """Whether a record was acknowledged; a broker may not know a new partition yet."""
+    producer = Producer({"bootstrap.servers": bootstrap, "message.timeout.ms": 1000})
+    refused = []
+    producer.produce(topic, b"{}", partition=partition, on_delivery=lambda e, _: refused.append(e))
+    producer.flush(5)
+    return refused == [None]

@@ -215,3 +215,31 @@ def test_more_uploads_at_once_than_records_in_hand_are_said(run, env, kafka, top
     )
     assert script.wait(30) == 0
     assert re.search(r"S3_MAX_CONCURRENCY='?300'?.*\b256\b", script.stderr)
+
+
+def test_on_a_store_that_ignores_the_condition_not_even_the_first_object_is_replaced(
+    consume, bucket
+):
+    with FaultyS3(traits={"ignores conditions"}) as s3:
+        s3.store[keys(bucket)[0]] = b'{"precious": 1}'
+        script = consume(s3)
+        assert script.wait(15) == 1
+        (line,) = errors(script)
+        assert "is there with other bytes" in line
+        assert s3.store[keys(bucket)[0]] == b'{"precious": 1}'
+
+
+def test_the_region_that_s3_names_is_the_one_that_uploads_are_signed_for(
+    run, env, kafka, topic, backlog, objects
+):
+    env = {**env, "AWS_DEFAULT_REGION": "eu-west-3"}
+    script = run("kafka_consumer.py", "--max-messages", COUNT, env=env)
+    assert script.wait() == 0
+    assert_whole(records(kafka.bootstrap, topic), objects())
+
+
+def test_a_file_of_authorities_that_is_not_there_is_named(run, env):
+    script = run("kafka_consumer.py", env={**env, "AWS_CA_BUNDLE": "/nowhere/ca.pem"})
+    assert script.wait(15) == 1
+    (line,) = errors(script)
+    assert "AWS_CA_BUNDLE=/nowhere/ca.pem" in line
