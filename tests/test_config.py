@@ -940,7 +940,7 @@ def test_a_topic_that_may_not_be_read_is_not_spelt_out_in_letters():
     ],
 )
 def test_a_full_disk_under_the_output_changes_no_exit_code(command, code):
-    environ = {**os.environ, "S3_BUCKET": ""}
+    environ = {**os.environ, "S3_BUCKET": "", "PYTHONUNBUFFERED": ""}  # empty: it is buffered
     line = f"exec {sys.executable} {command}"
     done = subprocess.run(["sh", "-c", line], cwd=HERE, env=environ, timeout=60)
     assert done.returncode == code
