@@ -4,10 +4,11 @@ set -euo pipefail
 
 readonly USAGE='Usage: tests/run.sh [--all] [PYTEST ARGUMENTS]
 Makes .venv, installs the test extra, then: ruff, mypy, shellcheck, unit tests,
-integration tests on a real broker and S3 server (Java with Maven or KAFKA_HOME;
-versitygw, which is built here where Go is). A test that lacks a program is
-skipped, and the last lines say which. --all adds the long fault and soak tests.
-The other arguments go to pytest: -x, -k NAME, or the only files to test.
+and the main path and its faults on a real broker and S3 server (Java with Maven
+or KAFKA_HOME; versitygw, which is built here where Go is). A test that lacks a
+program is skipped, and the last lines say which. --all runs every test, the long
+fault and soak tests too. The other arguments go to pytest: -x, -k NAME, or the
+only files to test, of which the long tests need --all.
 PYTHON chooses the interpreter, VENV another folder than .venv.'
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -44,19 +45,23 @@ check_sources() {
 
 main() {
     cd "$ROOT"
-    local argument arguments=() tests=(tests/test_*.py tests/integration)
+    local argument arguments=() select=() tests=(tests/test_*.py tests/integration)
     for argument in "$@"; do
         case "$argument" in
             -h | --help) printf '%s\n' "$USAGE" && return ;;
-            --all) arguments+=(-m "") ;;
+            --all) select=(-m "") ;;
             *) arguments+=("$argument") ;;
         esac
-        [ ! -e "${argument%%::*}" ] || tests=()
+        if [ -e "${argument%%::*}" ]; then
+            tests=()
+            [ ${#select[@]} -gt 0 ] || select=(-m "not slow")
+        fi
     done
     infra/venv.sh test
     build_versitygw
     check_sources
-    "$BIN/pytest" ${tests[@]+"${tests[@]}"} ${arguments[@]+"${arguments[@]}"}
+    "$BIN/pytest" ${tests[@]+"${tests[@]}"} ${select[@]+"${select[@]}"} \
+        ${arguments[@]+"${arguments[@]}"}
 }
 
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then

@@ -433,6 +433,15 @@ def delete_records(bootstrap: str, topic: str, before: int, partition: int = 0) 
         future.result(10)
 
 
+def end_of(bootstrap: str, topic: str) -> int:
+    """Where partition 0 ends. A transaction's marker is written after its commit was answered."""
+    consumer = confluent_kafka.Consumer({"bootstrap.servers": bootstrap, "group.id": "ends"})
+    try:
+        return int(consumer.get_watermark_offsets(confluent_kafka.TopicPartition(topic, 0), 5)[1])
+    finally:
+        consumer.close()
+
+
 def until_done(bootstrap: str, group: str, topic: str, timeout: float = 60) -> None:
     """Until the group has committed all that the topic holds."""
     ends: dict[int, int] = {}

@@ -10,6 +10,7 @@ from helpers import (
     commit,
     committed,
     delete_records,
+    end_of,
     memory,
     object_name,
     produce,
@@ -22,7 +23,7 @@ from s3_faults import FaultyS3, page
 
 from config import KafkaClient  # None with kafka-python 3
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.detail]
 
 
 @pytest.fixture
@@ -187,6 +188,7 @@ def test_transaction_markers_are_known_and_a_record_that_looks_like_one_is_a_rec
             producer.produce(topic, b'{"n": 1}')
         producer.flush(20)
         end(20)
+    until(lambda: end_of(kafka.bootstrap, topic) == 6, what="the last marker")
     # offsets 0 and 1, a marker, 3 and 4 (aborted), a marker, and with the key of one and as long:
     produce(kafka.bootstrap, topic, [b"{}    "], keys=[b"\0\0\0\1"])
     commit(kafka.bootstrap, env["KAFKA_GROUP_ID"], topic, 7)

@@ -20,7 +20,7 @@ from kafka.errors import KafkaError
 from relay import Relay
 from s3_faults import FaultyS3
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.detail]
 
 SOON = 15  # seconds within which promise 9 wants a word
 

@@ -10,6 +10,8 @@ import yaml
 from helpers import ROOT, Kafka
 from local_stack import EXAMPLE
 
+pytestmark = pytest.mark.detail
+
 COMPOSE = yaml.safe_load((ROOT / "infra" / "compose.yaml").read_text())
 BROKERS = [service for name, service in COMPOSE["services"].items() if "kafka-" in name]
 

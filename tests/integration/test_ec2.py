@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from local_stack import ROOT, StackError, kafka_home
 
+pytestmark = pytest.mark.detail
+
 SETUP = ROOT / "infra" / "setup_kafka.sh"
 
 

@@ -17,7 +17,7 @@ from helpers import (
 )
 from s3_faults import FaultyS3
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.detail]
 
 
 @pytest.fixture

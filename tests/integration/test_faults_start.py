@@ -8,7 +8,7 @@ import pytest
 from helpers import free_port
 from s3_faults import FaultyS3
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.detail]
 
 
 @pytest.fixture

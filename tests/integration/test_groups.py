@@ -10,7 +10,7 @@ from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, Producer
 from confluent_kafka.admin import AdminClient, NewPartitions
 from helpers import committed, delete_records, members, produce, until, until_done
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.detail]
 
 SOON = 15  # seconds within which promise 9 wants a word
 

@@ -13,6 +13,8 @@ import pytest
 from helpers import ROOT, Kafka, free_port, kafka_scripts, produce
 from local_stack import kafka_home
 
+pytestmark = pytest.mark.detail
+
 SCRIPT = ROOT / "infra" / "kafka.sh"
 
 

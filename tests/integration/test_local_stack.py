@@ -16,6 +16,8 @@ from kafka import __version__ as kafka_client
 from kafka.admin import KafkaAdminClient
 from local_stack import API_VERSION, EXAMPLE, S3, main, port_is_free
 
+pytestmark = pytest.mark.detail
+
 
 @pytest.fixture
 def stack_env(tmp_path: Path) -> dict[str, str]:

@@ -16,7 +16,7 @@ import pytest
 from helpers import ROOT, Script, free_port, produce, until
 from s3_faults import FaultyS3
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.detail]
 
 MONITORING = ROOT / "infra" / "monitoring"
 DASHBOARD = json.loads((MONITORING / "grafana-dashboard.json").read_text())

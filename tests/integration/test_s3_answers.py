@@ -11,7 +11,7 @@ import pytest
 from helpers import assert_whole, committed, object_name, produce, records, until_done
 from s3_faults import FaultyS3, page, raw_answer, redirect, s3_error, undecodable
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.detail]
 
 OTHER_ETAG = {"ETag": f'"{hashlib.md5(b"other bytes").hexdigest()}"'}
 NO_ANSWER_OF_S3 = {

@@ -10,7 +10,7 @@ import pytest
 from helpers import memory, produce, until
 from s3_faults import FaultyS3
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.detail]
 
 # botocore renews credentials at all costs when less than 10 minutes of them are left.
 ENDING = 300

@@ -6,7 +6,7 @@ import pytest
 from helpers import memory, object_name, produce, until
 from s3_faults import FaultyS3
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.detail]
 
 MB = 1_000_000
 

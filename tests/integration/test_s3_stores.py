@@ -7,7 +7,7 @@ import pytest
 from helpers import assert_whole, committed, object_name, produce, records, until
 from s3_faults import FaultyS3, page, raw_answer
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.detail]
 
 VALUES = [b'{"n": %d}' % n for n in range(20)]
 COUNT = str(len(VALUES))

@@ -14,6 +14,8 @@ from kafka import codec
 
 from kafka_producer import read_rows, sample
 
+pytestmark = pytest.mark.detail
+
 
 @pytest.fixture
 def wide(kafka: Kafka, env: dict[str, str]) -> dict[str, str]:

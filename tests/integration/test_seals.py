@@ -7,7 +7,7 @@ import pytest
 from helpers import delete_records, free_port, produce, until
 from s3_faults import FaultyS3
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.detail]
 
 VALUES = [b'{"n": %d}' % n if n not in (7, 11) else b"bad %d" % n for n in range(20)]
 

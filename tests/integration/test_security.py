@@ -11,7 +11,7 @@ from s3_faults import FaultyS3
 
 from config import Settings
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.detail]
 
 USER, PASSWORD = "writer", 'pa=ss"w;o%rd-7f3a'
 PLAIN = "org.apache.kafka.common.security.plain.PlainLoginModule"

@@ -18,7 +18,7 @@ import pytest
 from helpers import ROOT, free_port, produce, until
 from s3_faults import FaultyS3
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.detail]
 
 STATEMENTS = [each.strip() for each in (ROOT / "infra/athena.sql").read_text().split(";\n")]
 SHARED = {

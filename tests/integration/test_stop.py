@@ -8,7 +8,7 @@ import pytest
 from helpers import assert_whole, load, produce, records, until, until_done
 from s3_faults import FaultyS3
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.detail]
 
 STOPS = {"SIGTERM": signal.SIGTERM, "Ctrl-C": signal.SIGINT}
 LIMIT = 5.5  # and half a second for a busy machine

@@ -5,7 +5,7 @@ import re
 import kafka as client
 import pytest
 from confluent_kafka import Producer
-from helpers import committed, produce, records, until
+from helpers import committed, end_of, produce, records, until
 
 pytestmark = pytest.mark.real
 
@@ -14,7 +14,8 @@ READS_COMMITTED_ONLY = int(client.__version__.partition(".")[0]) >= 3
 
 
 def transaction(bootstrap: str, topic: str, values: list[bytes], *, commit: bool = True) -> None:
-    """The values in one transaction; the broker puts a marker behind them."""
+    """The values in one transaction, and the marker that the broker puts behind them."""
+    end = end_of(bootstrap, topic) + len(values) + 1
     producer = Producer({"bootstrap.servers": bootstrap, "transactional.id": f"tx-{topic}"})
     producer.init_transactions(30)
     producer.begin_transaction()
@@ -25,6 +26,7 @@ def transaction(bootstrap: str, topic: str, values: list[bytes], *, commit: bool
         producer.commit_transaction(30)
     else:
         producer.abort_transaction(30)
+    until(lambda: end_of(bootstrap, topic) == end, what="the marker")
 
 
 def test_markers_of_transactions_are_neither_objects_nor_dead_letters(
