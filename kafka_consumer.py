@@ -375,7 +375,7 @@ class Bucket:
         try:
             return await self.has(name, value)
         except S3Error as error:
-            if error.code != "AccessDenied":
+            if error.code not in ("AccessDenied", "HTTP 403"):
                 raise
             return False
 

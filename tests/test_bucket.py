@@ -196,8 +196,9 @@ def test_what_is_there_is_seen_before_a_server_that_may_ignore_the_condition_get
     assert bucket.methods() == ["HEAD", "GET"]
 
 
-def test_a_user_who_may_not_look_creates_the_first_object_all_the_same(loop):
-    denied = Answer(403, {}, xml("AccessDenied"))
+@pytest.mark.parametrize("body", [xml("AccessDenied"), b""])
+def test_a_user_who_may_not_look_creates_the_first_object_all_the_same(loop, body):
+    denied = Answer(403, {}, body)
     bucket = Answering(denied, denied, made(), REFUSED, honours=False)
     assert loop.run_until_complete(bucket.create("n", b"v")) == "written"
     assert bucket.methods() == ["HEAD", "GET", "PUT", "PUT"]
