@@ -1376,6 +1376,23 @@ def on_loop(coroutine: Coroutine[Any, Any, Any], seconds: float) -> Any:
     return asyncio.run_coroutine_threadsafe(coroutine, fsspec.asyn.get_loop()).result(seconds)
 
 
+def check_writing(bucket: Bucket, where: str) -> None:
+    """Check that a bucket that may not be listed can be written to, with what can be no object.
+
+    Raises Failure.
+    """
+    never = {"If-Match": f'"{"0" * 32}"', "Content-MD5": b64encode(bytes(16)).decode()}
+    name = f"{bucket.settings.s3_prefix}.connection-test"
+    try:
+        answer = on_loop(bucket.request("PUT", name, b"", **never), 10)
+    except EXPECTED as error:
+        raise Failure(f"{where}: {explain(error)}") from None
+    if answer.status == 403:
+        raise Failure(f"{where}: {explain(answer.error())}")
+    if answer.status == 200:
+        raise Failure(bucket.is_unsafe("ignores If-Match"))
+
+
 def check_bucket(bucket: Bucket) -> None:
     """Check that the bucket is there and can be written to, and print the connection test.
 
@@ -1394,17 +1411,8 @@ def check_bucket(bucket: Bucket) -> None:
         if code_of(error) not in ("AccessDenied", "403"):
             raise Failure(f"{where}: {explain(error)}") from None
         listed = False
-    if not listed:  # can it be written to, at least? What can be no object writes nothing
-        never = {"If-Match": f'"{"0" * 32}"', "Content-MD5": b64encode(bytes(16)).decode()}
-        name = f"{settings.s3_prefix}.connection-test"
-        try:
-            answer = on_loop(bucket.request("PUT", name, b"", **never), 10)
-        except EXPECTED as error:
-            raise Failure(f"{where}: {explain(error)}") from None
-        if answer.status == 403:
-            raise Failure(f"{where}: {explain(answer.error())}")
-        if answer.status == 200:
-            raise Failure(bucket.is_unsafe("ignores If-Match"))
+    if not listed:
+        check_writing(bucket, where)
     shown = [f"{settings.s3_bucket}/{name}" for name in names] or [settings.s3_bucket]
     output.info("Connection Test:  %s", shown)
     if not listed:
