@@ -679,7 +679,7 @@ class Monitor:
     def run(self) -> None:
         while not self.ended:
             self.tick()
-            time.sleep(0.1 if self.sink.verified else 0.02)  # a commit may wait for an answer
+            time.sleep(0.1 if self.sink.fresh_state() else 0.02)  # a commit may wait for it
 
     def tick(self) -> None:
         """Take the answer, ask again when it is time, and report."""

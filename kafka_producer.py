@@ -41,7 +41,7 @@ from config import Failure, Settings, SettingsError, Stop, output, status
 # isort: split
 import pandas as pd
 from kafka import KafkaProducer
-from kafka.errors import KafkaTimeoutError
+from kafka.errors import KafkaError, KafkaTimeoutError
 from pandas._libs.parsers import STR_NA_VALUES  # type: ignore[import-not-found]
 from pandas.io.common import get_handle  # type: ignore[import-not-found]
 
@@ -455,7 +455,7 @@ class Sender:
         """Raises Failure where the partition of the oldest record is gone: it would wait for ever,
         and all behind it."""
         partition = self.line[0][1]._produce_future.topic_partition.partition
-        with suppress(KafkaTimeoutError):  # nothing is known of the topic
+        with suppress(KafkaError):  # nothing is known of the topic
             if partition not in self.producer.partitions_for(self.topic):
                 gone = f"topic {self.topic} has no partition {partition} any more"
                 raise Failure(f"{gone}: was it deleted and made anew? Start again")

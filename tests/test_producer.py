@@ -396,7 +396,7 @@ class Broker:
 
     def partitions_for(self, topic):
         if self.partitions is None:
-            raise KafkaTimeoutError("no metadata")
+            raise NotAllowed("test")
         return self.partitions
 
     def send(self, topic, key, value):
