@@ -62,7 +62,8 @@ def test_kill_9_of_the_consumer_loses_nothing_and_sends_little_again(
         settings = {**env, "S3_ENDPOINT_URL": faulty.endpoint}
         faulty.fail("hang", only=("stock_market_300.json",))
         script = run("kafka_consumer.py", env=settings)
-        until(lambda: len(faulty.stored()) > 500)
+        # On a slow machine the hold can come before the window is full: then less is sent again.
+        until(lambda: len(faulty.stored()) > 500 or "holding at" in script.stderr)
         time.sleep(1)
         script.kill()
         faulty.heal()
