@@ -423,6 +423,9 @@ def json_object(value: bytes) -> dict[str, Any]:
     return parsed
 
 
+# What the metadata of a commit says of offsets that retention removed before they were written.
+LOST = re.compile(r"lost ([0-9]+-[0-9]+(?:,[0-9]+-[0-9]+)*)")
+
 # -------------------------------------------------------------------------------------- logging
 
 

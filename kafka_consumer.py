@@ -83,9 +83,6 @@ STANDS_AFTER = 5.0  # s without a record though there are some
 STANDS_PAUSE = 4.0  # s for which such a partition is not fetched
 STANDS_RETRY = 0.5  # s in which it shows then whether it gives records again
 
-# What a commit's metadata says of the records that retention removed before they were written.
-LOST = re.compile(r"lost ([0-9]+-[0-9]+(?:,[0-9]+-[0-9]+)*)")
-
 EXPECTED = (  # errors that are said in one line, without a traceback
     *(S3Error, ClientError, BotoCoreError, aiohttp.ClientError, OSError, KafkaError),
     ResponseParserError,
@@ -248,11 +245,11 @@ class SignedHttp:
                 proxy=self.proxy,
                 allow_redirects=False,
             ) as answer:
-                heard = -TRICKLE
+                counted = -TRICKLE  # the first chunk counts, however small
                 async for chunk in answer.content.iter_any():
                     body += chunk
-                    if len(body) >= heard + TRICKLE:
-                        heard = len(body)
+                    if len(body) >= counted + TRICKLE:
+                        counted = len(body)
                         silence.reschedule(now() + TIMEOUT)
                 return Answer(answer.status, answer.headers, bytes(body))
 
@@ -1156,7 +1153,7 @@ class Sink(ConsumerRebalanceListener):
             self.consumer.resume(tp)
             partition = Partition(positions[tp], positions[tp], moved_at=self.clock())
             if tp in state.committed:
-                noted = LOST.fullmatch(state.committed[tp].metadata)
+                noted = config.LOST.fullmatch(state.committed[tp].metadata)
                 partition.lost = noted[1] if noted else ""
             if tp in state.committed and positions[tp] and tp not in self.last_committed:
                 text = (
@@ -1482,8 +1479,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             return audit.run(settings, stop)
         if settings.kafka_dlq_topic not in config.check_kafka(settings):
-            text = "KAFKA_DLQ_TOPIC=%s does not exist, or this user may not see it: create it; %s"
-            log.warning(text, settings.kafka_dlq_topic, "what is not a JSON object waits")
+            text = (
+                "KAFKA_DLQ_TOPIC=%s does not exist, or this user may not see it: create it;"
+                " what is not a JSON object waits"
+            )
+            log.warning(text, settings.kafka_dlq_topic)
         if settings.s3_max_concurrency > WINDOW:
             text = "S3_MAX_CONCURRENCY=%d: there are %d uploads at once at most"
             log.warning(text, settings.s3_max_concurrency, WINDOW)

@@ -253,11 +253,9 @@ def chunks(path: Path) -> Iterator[pd.DataFrame]:
     """The rows, each cell as text, CHUNK at a time."""
     options: dict[str, Any] = {"dtype": object, "na_filter": False, "index_col": False}
     with open_text(path) as text:
-        for _ in text:
-            pass  # until it has seen how each line ends
-        kinds = text.newlines
+        has_lone_cr = any(line.endswith("\r") for line in text)
         text.seek(0)
-        if kinds == "\r" or (isinstance(kinds, tuple) and "\r" in kinds):
+        if has_lone_cr:
             # After a lone CR, pandas reads rows again where a line begins with a blank.
             text = io.StringIO()
             csv.writer(text, quoting=csv.QUOTE_ALL).writerows(record for _, record in records(path))

@@ -62,6 +62,7 @@ from kafka import TopicPartition
 from kafka.errors import KafkaError
 
 from config import (
+    LOST,
     Failure,
     Settings,
     SettingsError,
@@ -844,9 +845,6 @@ class Verify(Proof):
 
     def outside(self, key: str, partition: int, offset: int) -> None:
         self.counts[UNSEALED] += 1
-
-
-LOST = re.compile(r"lost ([0-9]+-[0-9]+(?:,[0-9]+-[0-9]+)*)")
 
 
 def lost_ranges(metadata: str) -> list[tuple[int, int]]:

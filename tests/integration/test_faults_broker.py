@@ -196,8 +196,10 @@ def test_a_record_too_large_for_the_topic_alone_ends_the_producer_too(
     assert records(kafka.bootstrap, f"{topic}_small") == []
 
 
-def test_a_topic_made_anew_with_fewer_partitions_ends_the_producer_with_a_word(run, env, kafka):
-    name = "shrinks"
+def test_a_topic_made_anew_with_fewer_partitions_ends_the_producer_with_a_word(
+    run, env, kafka, topic
+):
+    name = f"{topic}_shrinks"
     kafka.create_topic(name, partitions=3)
     env = {**env, "KAFKA_TOPIC": name}
     script = run("kafka_producer.py", "--rate", "20", env=env)

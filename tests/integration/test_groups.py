@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from confluent_kafka import Consumer, ConsumerGroupTopicPartitions, Producer
+from confluent_kafka import Consumer, ConsumerGroupTopicPartitions
 from confluent_kafka.admin import AdminClient, NewPartitions
 from helpers import committed, delete_records, members, produce, until, until_done
 
@@ -234,15 +234,8 @@ def test_partitions_that_are_added_are_served_soon_and_from_their_beginning(
     script.wait_for(rf"begins {topic}/0", stream="stderr")
     admin = AdminClient({"bootstrap.servers": kafka.bootstrap})
     admin.create_partitions([NewPartitions(topic, 3)])[topic].result(10)
+    # A broker may not know them yet.
+    until(lambda: len(admin.list_topics(topic, 5).topics[topic].partitions) == 3)
     for partition in range(3):
-        until(lambda at=partition: send_to(kafka.bootstrap, topic, at), what="a new partition")
+        produce(kafka.bootstrap, topic, [b"{}"], partition)
     until(lambda: len(objects()) == 3, SOON, "the objects of the new partitions")
-
-
-def send_to(bootstrap: str, topic: str, partition: int) -> bool:
-    """Whether a record was acknowledged; a broker may not know a new partition yet."""
-    producer = Producer({"bootstrap.servers": bootstrap, "message.timeout.ms": 1000})
-    refused = []
-    producer.produce(topic, b"{}", partition=partition, on_delivery=lambda e, _: refused.append(e))
-    producer.flush(5)
-    return refused == [None]
