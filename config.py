@@ -480,6 +480,12 @@ class _Stream(logging.StreamHandler):
         dumb = os.environ.get("TERM") == "dumb"
         self.in_place = isinstance(formatter, _Text) and stream.isatty() and not dumb
         self.is_journal = _is_journal(stream)
+        self.writing_since = math.inf
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.writing_since = time.monotonic()
+        super().emit(record)
+        self.writing_since = math.inf
 
     def format(self, record: logging.LogRecord) -> str:
         line = super().format(record)
@@ -550,7 +556,9 @@ def setup_logging(settings: Settings) -> None:
     stamped = _Text("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
     errors = _Stream(sys.stderr, _Json() if as_json else stamped)
     logging.basicConfig(level=settings.log_level, handlers=[errors])
-    output.addHandler(_Stream(sys.stdout, _Json() if as_json else _Text("%(message)s")))
+    lines = _Stream(sys.stdout, _Json() if as_json else _Text("%(message)s"))
+    output.addHandler(lines)
+    background(_watch_output, lines)
     output.propagate = False
     output.setLevel(logging.INFO)
     # The libraries say secrets at DEBUG (signatures, tokens), and much at INFO.
@@ -609,6 +617,23 @@ class Notices:
             self.ended[what], began = now, self.began.pop(what)
             if self.said.pop(what, None):
                 log.warning("%s again after %.1f s", what, now - began)
+
+
+def output_problem(lines: _Stream, now: float) -> dict[str, Problem]:
+    """That nobody reads the lines about records: each is waited for, and what is behind it too."""
+    since = lines.writing_since
+    if now - since < 5:
+        return {}
+    text = "a line about a record waits: what reads this script's output does not go on"
+    return {"the output is read": Problem(text, since=since)}
+
+
+def _watch_output(lines: _Stream) -> None:
+    """In a thread of its own, since the one that writes is held up."""
+    notices = Notices()
+    while True:
+        time.sleep(0.5)
+        notices.report(output_problem(lines, time.monotonic()))
 
 
 # ---------------------------------------------------------------------------------------- Kafka

@@ -434,7 +434,7 @@ def series(
     found = db.sql(
         f"""WITH points AS (
             SELECT {name} AS name, epoch_ms({quoted(moment)}::TIMESTAMP) AS x, *
-            FROM records WHERE {quoted(moment)} IS NOT NULL AND name IS NOT NULL
+            FROM records WHERE isfinite({quoted(moment)}::TIMESTAMP) AND name IS NOT NULL
         ), parts AS (
             SELECT *, min(x) OVER each AS low, max(x) OVER each AS high, count(*) OVER each AS size
             FROM points WINDOW each AS (PARTITION BY name)

@@ -441,6 +441,16 @@ def test_a_lookup_that_hangs_is_given_up_after_a_minute_and_tried_again(loop, li
     assert loop.run_until_complete(bucket.keys()) == "new"
 
 
+def test_while_new_credentials_are_looked_for_no_other_look_begins(loop):
+    bucket = Renewing(loop, "hangs")
+
+    async def as_many_uploads_fail():
+        await asyncio.gather(*(bucket.renew(EXPIRED) for _ in range(64)))
+
+    loop.run_until_complete(as_many_uploads_fail())
+    assert len(bucket.looked) == 1
+
+
 def test_one_renewal_is_waited_for_by_all(loop):
     bucket = Renewing(loop)
     asked = []

@@ -741,6 +741,45 @@ def test_a_full_disk_under_the_records_is_no_reason_to_stop(logs, monkeypatch):
     assert err.said().endswith(" INFO said\n") and len(err.said().splitlines()) == 1
 
 
+def test_lines_that_nobody_reads_are_said_and_when_they_are_read_again():
+    script = (
+        "import config\n"
+        "config.setup_logging(config.Settings.from_env({}))\n"
+        "for number in range(200):\n"
+        "    config.output.info('%d' + ' ' * 1000, number)\n"
+        "import time; time.sleep(20)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=config.HERE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        said = process.stderr.readline()  # while nobody reads what is beyond the pipe's 64 kB
+        assert "what reads this script's output does not go on" in said
+        for _ in range(200):
+            process.stdout.readline()
+        assert "WARNING the output is read again after" in process.stderr.readline()
+        process.kill()
+
+
+def test_a_line_that_is_being_read_is_no_problem(logs, monkeypatch):
+    out, _ = logs()
+    (lines,) = (each for each in output.handlers if isinstance(each, config._Stream))
+    problems = []
+
+    def slowly(text):
+        began = lines.writing_since
+        problems.extend(config.output_problem(lines, began + after) for after in (4.9, 5.1))
+
+    monkeypatch.setattr(out, "write", slowly)
+    assert config.output_problem(lines, time.monotonic() + 100) == {}
+    output.info("line")
+    assert problems[0] == {} and "does not go on" in problems[1]["the output is read"].text
+    assert config.output_problem(lines, time.monotonic() + 100) == {}
+
+
 # --------------------------------------------------------------------------- what stands still
 
 
@@ -886,6 +925,20 @@ def test_wrong_settings_and_usage_end_a_script_with_2_before_anything_is_contact
         main(["--help"])
     assert ended.value.code == 0
     assert "--max-messages" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("main", "flags"),
+    [
+        (kafka_producer.main, ["--seed=1", "--stdin"]),
+        (kafka_consumer.main, ["--max-messages=1", "--audit"]),
+    ],
+)
+def test_flags_of_which_one_would_be_ignored_are_usage_errors(main, flags, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(flags)
+    assert ended.value.code == 2
+    assert "not allowed with argument" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(os.name != "posix", reason="closed descriptors are a thing of POSIX shells")

@@ -1183,18 +1183,6 @@ def test_a_topic_that_is_gone_is_said(sinks, clock, lines):
     assert not any("the others go on" in line for line in said)
 
 
-def test_an_output_that_nobody_reads_is_said(sinks, clock, lines):
-    sink, _topic, _uploads = sinks(10)
-    stepping(sink, clock, 1)
-    for _ in range(60):  # the main thread waits in the line about a record
-        clock.wait(0.1)
-        sink.monitor.tick()
-    said = [line for line in lines() if "does not go on" in line]
-    assert len(said) == 1 and "output" in said[0]
-    stepping(sink, clock, 1)
-    assert any(line.startswith("the output is read again after") for line in lines())
-
-
 def test_a_member_without_a_partition_says_why_it_waits(sinks, clock, lines):
     sink, _topic, _uploads = sinks(10)
     sink.consumer.next = []

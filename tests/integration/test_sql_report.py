@@ -382,3 +382,12 @@ def test_the_report_takes_values_that_are_json_but_odd(run, env, s3, bucket, tmp
     assert '"</script>"' not in page, "not escaped"
     texts = [text for row in facts_of(page)["latest"]["rows"] for text in row]
     assert "</script>" in texts and look_at(tmp_path / "report.html", 500, "light")["rows"] == 6
+
+
+def test_a_date_without_end_is_not_drawn(run, env, s3, bucket, tmp_path) -> None:
+    for n, day in enumerate(["2020-01-01", "infinity", "2020-01-03"]):
+        value = json.dumps({"Date": day, "Close": n}).encode()
+        s3.client().put_object(Bucket=bucket, Key=f"stock_market_{n}.json", Body=value)
+    assert run("infra/report.py", str(tmp_path), env=env).wait(60) == 0
+    (line,) = facts_of((tmp_path / "report.html").read_text())["values"]["series"]
+    assert line["values"] == [[0], [2]] and None not in line["x"]
