@@ -66,8 +66,7 @@ from yarl import URL
 
 log = logging.getLogger(__name__)
 
-WINDOW = 256  # records taken and not committed, at most: what a kill -9 makes us send again, beside
-# what was done behind a hold and given back
+WINDOW = 256  # records taken and not committed, at most: what a kill -9 makes us send again
 BYTES_IN_HAND = 32 * 2**20  # above this no more is taken; one record at least
 BYTES_UNDER_WAY = 8 * 2**20  # of uploads; more would share a slow link until each seems silent
 POLL_ROOM = 64  # room in the window from which a poll is worth its price
@@ -874,7 +873,17 @@ class Sink(ConsumerRebalanceListener):
         if self.range_unknown or in_hand >= BYTES_IN_HAND:
             return 0
         uncommitted = sum(p.position - p.committed for p in self.partitions.values())
-        return min(WINDOW - uncommitted, self.limit - self.stats.done - self.in_hand())
+        return min(self.window() - uncommitted, self.limit - self.stats.done - self.in_hand())
+
+    def window(self) -> int:
+        """How many records may stand in line. What was done behind a hold and given back is sent
+        again after a kill -9 too; the others need room to go on."""
+        done_behind = sum(
+            attempt is not None and offset >= partition.position
+            for partition in self.partitions.values()
+            for offset, attempt in partition.given_back.items()
+        )
+        return max(2 * POLL_ROOM, WINDOW - done_behind)
 
     def make_room(self) -> None:
         """Where a partition holds and keeps others waiting, give back what stands behind its hold:

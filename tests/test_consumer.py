@@ -23,6 +23,7 @@ from config import Failure, S3Error, Unreadable
 from kafka_consumer import (
     BYTES_IN_HAND,
     COMMIT_EVERY,
+    TIMEOUT,
     WINDOW,
     Conflict,
     TopicState,
@@ -927,6 +928,41 @@ def test_a_held_partition_gives_back_what_fills_the_window(sinks, clock):
     stepping(sink, clock, 10)
     assert topic.group == {TP: 1_000, TP1: 1_500}
     assert sink.stats.written == 2_500
+
+
+@pytest.mark.parametrize(
+    ("seconds", "most"),
+    [(0.02, WINDOW), (TIMEOUT, WINDOW + 128)],  # all that was taken is done behind the second
+    ids=["refused", "silent"],
+)
+def test_what_was_done_behind_a_hold_counts_among_what_a_kill_9_sends_again(
+    sinks, clock, seconds, most
+):
+    sink, topic, uploads = sinks(1_000, 1_000)
+    made = set()
+    refused = {(0, 5)}
+
+    def outcome(record):
+        where = record.partition, record.offset
+        if where in refused:
+            return failing("SlowDown")
+        made.add(where)
+        return "written"
+
+    uploads.slots = 64
+    slow = {(0, 5): seconds, (1, 500): 4}
+    uploads.takes = lambda record: slow.get((record.partition, record.offset), 0.02)
+    uploads.outcome = outcome
+
+    def few_are_sent_again():
+        assert len(made) - sum(topic.group.values()) <= most
+
+    stepping(sink, clock, 10, few_are_sent_again)
+    assert topic.group == {TP: 5, TP1: 1_000}
+    refused.clear()
+    stepping(sink, clock, 10, few_are_sent_again)
+    assert topic.group == {TP: 1_000, TP1: 1_000}
+    assert len(uploads.submitted) - sink.stats.retries == 2_000
 
 
 def test_a_dead_letter_behind_a_hold_is_not_sent_twice(sinks, clock):

@@ -99,6 +99,7 @@ class World:
         self.looks = 0.003
         self.s3 = "well"
         self.share = 0.0  # of attempts that fail
+        self.denied = None  # (partition, offset) of an object that alone is refused
         self.last_silence_ends = -math.inf
         self.succeeded_at = -math.inf
         self.members = []
@@ -128,7 +129,7 @@ class World:
             if self.chance.random() < 0.3:
                 self.made.add(where)  # only its answer was lost
             return TimeoutError()
-        denied = self.s3 == "denied" and record.partition == 0
+        denied = where == self.denied or (self.s3 == "denied" and record.partition == 0)
         if self.s3 == "down" or denied or self.chance.random() < self.share:
             return S3Error("AccessDenied" if denied else "SlowDown", "why")
         self.made.add(where)
@@ -182,9 +183,10 @@ class World:
         getattr(self, kind)(chance)
 
     FAULTS = (
-        *("outage", "folder_denied", "silence", "failures", "well", "well", "produce", "produce"),
-        *("poll_errors", "commit_errors", "late_looks", "no_looks", "looks_again", "mute"),
-        *("refused", "heard", "second", "crash_one", "retention", "freeze", "rejoin"),
+        *("outage", "folder_denied", "record_denied", "silence", "failures", "well", "well"),
+        *("produce", "produce", "poll_errors", "commit_errors", "late_looks", "no_looks"),
+        *("looks_again", "mute", "refused", "heard", "second", "crash_one", "retention"),
+        *("freeze", "rejoin"),
     )
 
     def set_s3(self, how):
@@ -198,12 +200,18 @@ class World:
     def folder_denied(self, chance):
         self.set_s3("denied")
 
+    def record_denied(self, chance):
+        tp = chance.choice(list(self.broker.ends))
+        self.denied = tp.partition, self.broker.group.get(tp, 0) + chance.choice([0, 5, 100])
+        for tp in self.broker.ends:
+            self.broker.ends[tp] += 70
+
     def silence(self, chance):
         self.set_s3("silent")
 
     def well(self, chance):
         self.set_s3("well")
-        self.share = 0.0
+        self.share, self.denied = 0.0, None
 
     def failures(self, chance):
         self.share = chance.choice([0.05, 0.3, 0.9])
@@ -282,7 +290,8 @@ class World:
 
     def check(self, sink):
         self.nothing_is_skipped()
-        assert self.uncommitted(sink) <= WINDOW, "256 records in hand at most"
+        behind = self.done_behind_holds(sink)
+        assert self.uncommitted(sink) <= max(128, WINDOW - behind), "256 are sent again at most"
         held = len(sink.partitions) if len(sink.partitions) > 1 else 0
         most = BYTES_IN_HAND + POLL_BYTES + (1 + held) * max(self.sizes)
         assert self.in_hand(sink) <= most, "32 MB, one poll, and what held a partition"
@@ -302,6 +311,14 @@ class World:
             not any(first <= at <= last for first, last in ranges(p.lost))
             for p in sink.partitions.values()
             for at in range(p.committed, p.position)
+        )
+
+    def done_behind_holds(self, sink):
+        """Records that a kill -9 would have sent again as well: they were given back."""
+        return sum(
+            attempt is not None and at >= p.position
+            for p in sink.partitions.values()
+            for at, attempt in p.given_back.items()
         )
 
     def nothing_is_skipped(self):
