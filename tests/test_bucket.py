@@ -98,9 +98,11 @@ def test_the_same_bytes_already_there_are_a_replay_and_not_read_where_the_etag_i
     assert bucket.methods() == ["PUT", "HEAD"]
 
 
-@pytest.mark.parametrize("headers", [KMS, {"ETag": '"' + "0" * 32 + '-2"'}])
-def test_the_same_bytes_are_read_where_the_etag_is_no_md5(loop, headers):
-    answer = Answer(200, {"ETag": '"0"', **headers}, b"v")
+@pytest.mark.parametrize(
+    ("etag", "headers"), [("0" * 32, KMS), (md5(b"v").hexdigest(), KMS), ("0" * 32 + "-2", {})]
+)
+def test_the_same_bytes_are_read_where_the_etag_is_no_md5(loop, etag, headers):
+    answer = Answer(200, {"ETag": f'"{etag}"', **headers}, b"v")
     bucket = Answering(REFUSED, answer, answer)
     assert loop.run_until_complete(bucket.create("n", b"v")) == "replayed"
     assert bucket.methods() == ["PUT", "HEAD", "GET"]
@@ -439,6 +441,19 @@ def test_a_lookup_that_hangs_is_given_up_after_a_minute_and_tried_again(loop, li
     assert "still waiting for the AWS credentials" in lines()[0]
     renewed(loop, bucket, 5)
     assert loop.run_until_complete(bucket.keys()) == "new"
+
+
+def test_keys_are_asked_for_again_every_second_since_they_may_have_been_renewed(loop):
+    bucket = Renewing(loop)
+
+    async def keys(pause):
+        await asyncio.sleep(pause)
+        return await bucket.keys()
+
+    assert loop.run_until_complete(keys(0)) == "old"
+    bucket.credentials.name = "renewed"
+    assert loop.run_until_complete(keys(0.5)) == "old"
+    assert loop.run_until_complete(keys(0.6)) == "renewed"
 
 
 def test_while_new_credentials_are_looked_for_no_other_look_begins(loop):
