@@ -24,6 +24,7 @@ from kafka.errors import (
     OffsetOutOfRangeError,
 )
 
+import config
 from config import NoOffsetForPartitionError, Settings, TransactionMarker
 from kafka_consumer import Monitor, Sink, Stats, TopicState
 
@@ -201,6 +202,7 @@ class Client:
         self.listener: Any = None
         self.closed = self.rejoins = False
         self.bytes_at_most = math.inf  # of what one poll gives, one record at least
+        self.leaves_out_markers = False  # as kafka-python 3 does
 
     def _raise(self, method):
         if self.errors.get(method):
@@ -279,12 +281,14 @@ class Client:
             records = []
             while self.fetched[tp] and room and size < self.bytes_at_most:
                 record = self.broker.record(tp, self.fetched[tp].pop(0))
+                self.at[tp] = record.offset + 1
+                if self.leaves_out_markers and config.is_marker(record):
+                    continue
                 records.append(record)
                 room -= 1
                 size += len(record.value or b"")
             if records:
                 answer[tp] = records
-                self.at[tp] = records[-1].offset + 1
         self.clock.wait(0.001 if answer else 0)
         return answer
 

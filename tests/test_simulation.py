@@ -89,6 +89,7 @@ class World:
             for offset in range(end):
                 if chance.random() < 0.03:
                     self.broker.markers.add((tp.partition, offset))
+        self.leaves_out_markers = chance.choice([False, True])
         self.broker.look_takes = self.look_takes
         self.reset = chance.choice(["earliest", "earliest", "latest"])
         self.made = set()  # (partition, offset): an object, or an acknowledged letter
@@ -142,6 +143,7 @@ class World:
     def start(self, limit=math.inf):
         client = Client(self.broker, self.chance.choice([1, 20, 500]))
         client.bytes_at_most = POLL_BYTES
+        client.leaves_out_markers = self.leaves_out_markers
         uploads = Uploads(self.clock, self.takes, self.outcome, self.chance.choice([1, 4, 64]))
         sink = a_sink(
             self.broker, client, uploads, limit, Watched, 0.1, KAFKA_AUTO_OFFSET_RESET=self.reset
@@ -290,8 +292,8 @@ class World:
 
     def check(self, sink):
         self.nothing_is_skipped()
-        behind = self.done_behind_holds(sink)
-        assert self.uncommitted(sink) <= max(128, WINDOW - behind), "256 are sent again at most"
+        most = max(128, WINDOW - self.done_behind_holds(sink))
+        assert self.uncommitted(sink, most) <= most, "256 are sent again at most"
         held = len(sink.partitions) if len(sink.partitions) > 1 else 0
         most = BYTES_IN_HAND + POLL_BYTES + (1 + held) * max(self.sizes)
         assert self.in_hand(sink) <= most, "32 MB, one poll, and what held a partition"
@@ -302,14 +304,16 @@ class World:
         if self.clock() - sink.failing_since > 0.5:
             assert len(sink.uploader.under_way) <= 1, "one attempt at a time while all fails"
 
-    def uncommitted(self, sink):
-        """Records that a kill -9 would have sent again: markers and what is lost are none."""
+    def uncommitted(self, sink, most):
+        """Records that a kill -9 would have sent again: markers and what is lost are none, which
+        is only looked at where there are more than `most`."""
         offsets = sum(p.position - p.committed for p in sink.partitions.values())
-        if offsets <= WINDOW:
+        if offsets <= most:
             return offsets
         return sum(
-            not any(first <= at <= last for first, last in ranges(p.lost))
-            for p in sink.partitions.values()
+            (tp.partition, at) not in self.broker.markers
+            and not any(first <= at <= last for first, last in ranges(p.lost))
+            for tp, p in sink.partitions.items()
             for at in range(p.committed, p.position)
         )
 
