@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes this machine the Kafka broker that .env points at. See --help, and README.md beside this.
 set -euo pipefail
+PATH+=:/usr/sbin:/sbin # the plain su of Debian leaves them out
 
 readonly NAME=kafka_2.12-3.3.1
 readonly APACHE=https://archive.apache.org/dist/kafka/3.3.1/$NAME.tgz
@@ -14,7 +15,7 @@ readonly FILES=(
 )
 readonly REPLICAS=3                # of every topic in a cluster
 readonly WAIT=120 CLUSTER_WAIT=900 # seconds for this broker, for all three
-HERE="$(cd "$(dirname "${BASH_SOURCE[0]:-$0}")" && pwd)"
+HERE="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]:-$0}")" && pwd)"
 readonly HERE
 
 usage() {
@@ -69,14 +70,14 @@ parse() {
         case $1 in
             --public-address | --private-address | --broker-id | --zookeeper-connect | --url | \
                 --await)
-                (($# > 1)) || wrong_usage "$1 needs a value"
+                [[ ${2:-} == [!-]* ]] || wrong_usage "$1 needs a value, not '${2:-}'"
                 take "$1" "$2"
                 shift
                 ;;
             --secure) TLS=yes ;;
-            --check | --uninstall | --user-data | --render) ACTION=${1#--} ;;
+            --check | --uninstall | --user-data | --render) act "${1#--}" ;;
             --purge) PURGE=yes ;;
-            --help | -h) ACTION=help ;;
+            --help | -h) usage && exit ;;
             *) wrong_usage "unknown option '$1'" ;;
         esac
         shift
@@ -84,17 +85,38 @@ parse() {
     [[ -z $PURGE || $ACTION == uninstall ]] || wrong_usage "--purge goes with --uninstall"
 }
 
+# act ACTION: two at once are a mistake, of which one might purge
+act() {
+    [[ $ACTION == install || $ACTION == "$1" ]] ||
+        wrong_usage "--$ACTION and --$1 do not go together"
+    ACTION=$1
+}
+
+# is_address TEXT: auto, a name (whose last part is no number) or an IPv4 address
+is_address() {
+    local part='[A-Za-z0-9-]*' byte='(25[0-5]|2[0-4][0-9]|1?[0-9]?[0-9])'
+    [[ $1 =~ ^($part\.)*${part}[A-Za-z]$part$ ]] ||
+        [[ $1 =~ ^$byte(\.$byte){3}$ && $1 != 0.* ]]
+}
+
+# are_servers LIST: host:port,host:port,...
+are_servers() {
+    local server
+    [[ $1 =~ ^[^,:]+:[1-9][0-9]{0,4}(,[^,:]+:[1-9][0-9]{0,4})*$ ]] || return 1
+    for server in ${1//,/ }; do
+        is_address "${server%:*}" && ((${server#*:} < 65536)) || return 1
+    done
+}
+
 # take OPTION VALUE
 take() {
-    local address='^(auto|[A-Za-z0-9.-]+)$'
-    local hosts='^[A-Za-z0-9.-]+:[0-9]+(,[A-Za-z0-9.-]+:[0-9]+)*$'
     case $1 in
         --public-address)
-            [[ $2 =~ $address ]] || wrong_usage "$1 '$2' is not an address"
+            is_address "$2" || wrong_usage "$1 '$2' is not an address"
             PUBLIC=$2
             ;;
         --private-address)
-            [[ $2 =~ $address ]] || wrong_usage "$1 '$2' is not an address"
+            is_address "$2" || wrong_usage "$1 '$2' is not an address"
             PRIVATE=$2
             ;;
         --broker-id)
@@ -102,11 +124,11 @@ take() {
             BROKER_ID=$2
             ;;
         --zookeeper-connect)
-            [[ $2 =~ $hosts ]] || wrong_usage "$1 '$2' is not host:port,host:port,..."
+            are_servers "$2" || wrong_usage "$1 '$2' is not host:port,host:port,..."
             ZOOKEEPER=$2
             ;;
         --url) URL=$2 ;;
-        --await) ACTION=await UNIT=$2 ;;
+        --await) act await && UNIT=$2 ;;
     esac
 }
 
@@ -175,8 +197,9 @@ wait_for() {
     done
 }
 
-# without_comments FILE: the text that is installed and handed to EC2, which takes little
-without_comments() { sed -E '/^ *#( |$)/d' "$1"; }
+# without_comments FILE: the text that is installed and handed to EC2, which takes little. Of the
+# comments behind code those go that begin with a small letter.
+without_comments() { sed -E '/^ *#( |$)/d; s/ +# [a-z].*//' "$1"; }
 
 # quietly COMMAND...: what it prints is shown when it fails
 quietly() {
@@ -225,6 +248,14 @@ check_names() {
         [[ $name == auto || -n "$(address_of "${name%:*}")" ]] ||
             die "the address '${name%:*}' cannot be resolved: is it misspelt, or not in DNS yet?"
     done
+    [[ $PRIVATE == auto ]] || is_here "$PRIVATE" ||
+        die "--private-address '$PRIVATE' is not this machine's: see ip address, or give auto"
+}
+
+# is_here ADDRESS: does this machine have it? Yes where there is no ip to ask.
+is_here() {
+    ! command -v ip >/dev/null ||
+        ip -4 route get "$(address_of "$1")" 2>/dev/null | grep -q '^local '
 }
 
 in_cluster() { [[ -n $ZOOKEEPER ]]; }
@@ -726,13 +757,13 @@ user_data() {
         chmod --reference="$HERE/$file" "$folder/$file"
     done
     packed="$(tar -C "$folder" -c --sort=name --owner=0 --group=0 --mtime=@0 "${FILES[@]}" |
-        gzip -9n | base64 -w 120)"
+        gzip -9n | base64 -w 0)"
     rm -r "$folder"
     cat <<EOF
 #!/bin/bash
-set -euo pipefail # made by setup_kafka.sh --user-data
+set -euo pipefail # Made by setup_kafka.sh --user-data
 umask 022
-install -m 600 /dev/null /var/log/kafka-setup.log # it can hold a password
+install -m 600 /dev/null /var/log/kafka-setup.log
 exec >/var/log/kafka-setup.log 2>&1
 mkdir -p $KEPT
 base64 -d <<'END' | tar -xz -C $KEPT
@@ -755,10 +786,6 @@ need_files() {
 main() {
     umask 022 # real sudo keeps the caller's: with 077 the services could read nothing
     parse "$@"
-    if [[ $ACTION == help ]]; then
-        usage
-        return
-    fi
     need_files
     recall
     case $ACTION in

@@ -103,6 +103,67 @@ def test_a_shell_script_refuses_an_unknown_flag(script: str) -> None:
     assert "--what" in done.stderr or "Usage:" in done.stderr
 
 
+def bash(script: str, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    command = ["bash", "-c", script, "bash", *args]
+    environ = os.environ | env
+    return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
+
+
+def functions(script: str, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Runs a script that has the functions of setup_kafka.sh, which itself does nothing."""
+    return bash(f"source infra/setup_kafka.sh; {script}", *args, **env)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--check --uninstall", "--check and --uninstall"),
+        ("--check --user-data", "--check and --user-data"),
+        ("--user-data --uninstall --purge", "--user-data and --uninstall"),
+        ("--user-data --purge", "--purge goes with"),
+        ("--public-address --help", "--public-address needs a value"),
+        ("--user-data --public-address --secure", "--public-address needs a value"),
+        ("--public-address 0", "--public-address '0'"),
+        ("--private-address 10.0.0.256", "--private-address '10.0.0.256'"),
+        ("--public-address 0.0.0.0", "--public-address '0.0.0.0'"),
+        ("--zookeeper-connect 10.0.0.1:0", "--zookeeper-connect '10.0.0.1:0'"),
+        ("--zookeeper-connect a:2181,b:65536", "--zookeeper-connect 'a:2181,b:65536'"),
+    ],
+)
+def test_setup_refuses_options_that_cannot_be_right(options: str, said: str) -> None:
+    done = functions('parse "$@"', *options.split())
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+    assert functions('parse "$@"', "--public-address", "").returncode == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--user-data --secure --public-address kafka.example.com --private-address auto",
+        "--check --public-address 203.0.113.99",
+        "--uninstall --purge",
+        "--zookeeper-connect 10.0.0.11:2181,ip-10-0-0-12.ec2.internal:65535",
+    ],
+)
+def test_setup_accepts_options_that_go_together(options: str) -> None:
+    done = functions('parse "$@"', *options.split())
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_setup_does_not_depend_on_the_path_or_cdpath_of_who_calls_it() -> None:
+    done = functions('echo "$HERE"; echo "$PATH"', CDPATH=".", PATH="/usr/bin:/bin")
+    here, path = done.stdout.splitlines()
+    assert here == str(ROOT / "infra")
+    assert {"/usr/sbin", "/sbin"} <= set(path.split(":"))
+
+
+def test_setup_refuses_a_private_address_of_another_machine() -> None:
+    check = "PUBLIC=auto PRIVATE=192.0.2.9 ZOOKEEPER=''; ip() { echo \"$1\"; }; check_names"
+    done = functions(check.replace("$1", "192.0.2.9 via 10.0.0.1"))
+    assert done.returncode == 1 and "'192.0.2.9' is not this machine's" in done.stderr
+    assert functions(check.replace("$1", "local 192.0.2.9 dev lo")).returncode == 0
+
+
 @pytest.mark.parametrize("name", INSTALLED)
 def test_what_is_installed_has_no_line_over_100_columns(name: str) -> None:
     lines = (ROOT / "infra" / name).read_text().splitlines()

@@ -378,6 +378,8 @@ def test_addresses_and_downloads_that_are_wrong_change_nothing(
     before = files(broker)
     said = broker.log_in(f"sudo {SETUP} --public-address no.such.name", check=False)
     assert broker.code == 1 and "'no.such.name' cannot be resolved" in said
+    said = broker.log_in(f"sudo {SETUP} --private-address 10.0.0.99", check=False)
+    assert broker.code == 1 and "'10.0.0.99' is not this machine's" in said
     assert files(broker) == before
     assert "FAIL" not in broker.log_in(f"sudo {SETUP} --check")
 
