@@ -5,6 +5,7 @@
 
 readonly SECURE=/etc/kafka/secure
 readonly SASL_USER=client
+readonly NEW_AUTHORITY="put it back, or remove ca.pem, set up again and give clients the new one"
 readonly MONTH=$((30 * 86400)) # seconds
 
 # The certificate authority and the password are made once; the broker's certificate again when its
@@ -16,8 +17,10 @@ make_certificates() {
     fi
     [[ -s $SECURE/password ]] || make_password
     [[ -s $SECURE/ca.pem ]] || make_authority
-    put "$CONF/ca.pem" 644 root:root <"$SECURE/ca.pem"
     certificate_fits || make_broker_certificate
+    chown root:kafka "$SECURE/broker.pem"
+    chmod 640 "$SECURE/broker.pem"
+    put "$CONF/ca.pem" 644 root:root <"$SECURE/ca.pem" # now that it has proven good
 }
 
 refuse_second_authority() {
@@ -45,8 +48,20 @@ make_authority() {
     put "$SECURE/ca.pem" 644 root:root <<<"$certificate"
 }
 
+# What keeps the authority from signing, if anything does
+authority_fault() {
+    local key
+    if ! key="$(openssl x509 -in "$SECURE/ca.pem" -noout -pubkey 2>/dev/null)"; then
+        echo "$SECURE/ca.pem is no certificate"
+    elif [[ "$(openssl pkey -in "$SECURE/ca.key" -pubout 2>/dev/null)" != "$key" ]]; then
+        echo "$SECURE/ca.key is missing, or not the key of ca.pem"
+    fi
+}
+
 make_broker_certificate() {
-    local key request certificate
+    local fault key request certificate
+    fault="$(authority_fault)"
+    [[ -z $fault ]] || die "$fault: $NEW_AUTHORITY"
     key="$(make_key)"
     request="$(openssl req -new -key <(echo "$key") \
         -config <(openssl_configuration "$PUBLIC_ADDRESS"))"
@@ -77,7 +92,18 @@ certificate_fits() {
         openssl verify -CAfile "$SECURE/ca.pem" "$SECURE/broker.pem" >/dev/null 2>&1
 }
 
-certificate_lasts() { openssl x509 -in "$SECURE/broker.pem" -noout -checkend $MONTH >/dev/null; }
+certificate_lasts() {
+    openssl x509 -in "$SECURE/broker.pem" -noout -checkend $MONTH >/dev/null 2>&1
+}
+
+check_certificates() {
+    local fault
+    fault="$(authority_fault)"
+    expect "the authority can sign" "$fault; $NEW_AUTHORITY" test -z "$fault"
+    expect "the broker can read its certificate" "$AGAIN" \
+        runuser -u kafka -- test -r "$SECURE/broker.pem"
+    expect "certificate good for 30 days" "$AGAIN" certificate_lasts
+}
 
 # certified ADDRESS: is there a certificate of the broker that names it?
 certified() {

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
@@ -162,6 +163,41 @@ def test_setup_refuses_a_private_address_of_another_machine() -> None:
     done = functions(check.replace("$1", "192.0.2.9 via 10.0.0.1"))
     assert done.returncode == 1 and "'192.0.2.9' is not this machine's" in done.stderr
     assert functions(check.replace("$1", "local 192.0.2.9 dev lo")).returncode == 0
+
+
+@pytest.fixture
+def setup_in(tmp_path: Path) -> Iterator[str]:
+    """A script's beginning: the functions, with folders and stand-ins of the test's own."""
+    shutil.copytree(ROOT / "infra", tmp_path / "infra", ignore=shutil.ignore_patterns("__py*"))
+    for name in ("setup_kafka.sh", "secure_kafka.sh"):
+        file = tmp_path / "infra" / name
+        file.write_text(
+            re.sub(r"/(etc|opt|var/lib|usr/local)/", rf"{tmp_path}/\1/", file.read_text())
+        )
+    for name in ("etc/kafka/secure", "opt/kafka/bin"):
+        (tmp_path / name).mkdir(parents=True)
+    yield (
+        f"source {tmp_path}/infra/setup_kafka.sh; need_files; PURGE='' TLS='' ZOOKEEPER='';"
+        "PUBLIC_ADDRESS=203.0.113.1 PRIVATE_ADDRESS=10.0.0.1 BROKER_ID=0;"
+        'systemctl() { :; }; id() { false; }; chown() { :; }; install() { mkdir -p "${@: -1}"; };'
+    )
+
+
+@pytest.mark.parametrize(
+    ("breakage", "said"),
+    [
+        ("echo junk >$SECURE/ca.pem", "ca.pem is no certificate"),
+        ("rm $SECURE/ca.key", "ca.key is missing"),
+    ],
+)
+def test_broken_authority_is_named_and_not_published(
+    setup_in: str, breakage: str, said: str
+) -> None:
+    script = f"{setup_in} make_certificates >/dev/null; cp $CONF/ca.pem $CONF/before;"
+    script += f"rm $SECURE/broker.pem; {breakage}; (make_certificates) || echo failed;"
+    done = bash(script + "cmp $CONF/ca.pem $CONF/before && echo same")
+    assert done.stdout.split() == ["failed", "same"], done.stderr
+    assert said in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", INSTALLED)

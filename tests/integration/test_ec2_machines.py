@@ -596,6 +596,19 @@ def test_secured_broker_serves_those_with_the_password(
     output = broker.log_in(f"sudo {SETUP}")
     assert secured["KAFKA_SASL_PASSWORD"] in output and files(broker) == before
     assert secured["KAFKA_SASL_PASSWORD"] not in broker.sh("journalctl -u kafka -u zookeeper")
+    # a broken authority is named, and not published; what the broker cannot read is repaired
+    broker.sh("cd /etc/kafka/secure; cp -p ca.pem kept; echo junk > ca.pem; chmod 0 broker.pem")
+    said = broker.log_in(f"sudo {SETUP} --check", check=False)
+    assert re.findall("FAIL  ([^:]*)", said) == [
+        "the authority can sign",
+        "the broker can read its certificate",
+    ]
+    said = broker.log_in(f"sudo {SETUP}", check=False)
+    assert broker.code == 1 and "ca.pem is no certificate" in said
+    assert broker.sh("cat /etc/kafka/ca.pem") == Path(secured["KAFKA_SSL_CAFILE"]).read_text()
+    broker.sh("mv /etc/kafka/secure/kept /etc/kafka/secure/ca.pem")
+    broker.log_in(f"sudo {SETUP}")
+    assert "FAIL" not in broker.log_in(f"sudo {SETUP} --check")
     key = broker.sh("openssl pkey -in /etc/kafka/secure/broker.pem").splitlines()[1]
     assert not broker.sh(f"grep -rl {key} /opt /tmp /var /root /home || true")
     # uninstalled and installed again, from a file, it still knows its data and its password
