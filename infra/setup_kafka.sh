@@ -184,6 +184,12 @@ tool() {
 
 topics() { tool kafka-topics.sh --bootstrap-server "$PRIVATE_ADDRESS:9093" "$@"; }
 
+# topics with little patience: the client's own is a minute
+topics_now() {
+    topics "$@" --command-config <(printf '%s\n' \
+        request.timeout.ms=3000 default.api.timeout.ms=10000) 2>/dev/null
+}
+
 reachable() { timeout 3 bash -c "exec 3<>/dev/tcp/$1/$2" 2>/dev/null; }
 
 address_of() { getent ahostsv4 "$1" | awk 'NR == 1 {print $1}'; }
@@ -331,10 +337,14 @@ make_folders() {
     id kafka >/dev/null 2>&1 || useradd --system --user-group --home-dir "$DATA" \
         --no-create-home --shell /usr/sbin/nologin kafka
     install -d -m 750 -o kafka -g kafka "$DATA" "$ZOOKEEPER_DATA"
+    strangers -exec chown -h kafka:kafka {} + # of data that was restored
     install -d -m 755 /opt "$CONF" "$KEPT"
     rm -rf "$WORK"* # of a run that was killed as well
     install -d -m 700 "$WORK"
 }
+
+# strangers ACTION...: what find shall do with data that is not the broker's own
+strangers() { find -H "$DATA" "$ZOOKEEPER_DATA" -ignore_readdir_race ! -user kafka "$@"; }
 
 # checksum FILE: the SHA-512 in FILE, in Apache's format (NAME: and groups of upper-case hex over
 # several lines) or sha512sum's.
@@ -466,6 +476,8 @@ start() {
     systemctl daemon-reload
     stop_changed kafka
     ! runs_zookeeper || stop_changed zookeeper
+    refuse_taken kafka
+    ! runs_zookeeper || refuse_taken zookeeper
     ! runs_zookeeper || run_unit zookeeper
     run_unit kafka
     ! in_cluster || wait_for_brokers
@@ -475,6 +487,22 @@ start() {
 }
 
 stop_changed() { [[ ! -e $CONF/.restart-$1 ]] || systemctl stop "$1"; }
+
+# taken UNIT: who has its ports, if it is another program
+taken() {
+    local ports='sport = :2181' own
+    [[ $1 == zookeeper ]] || ports='sport = :9092 or sport = :9093'
+    own="$(systemctl show --property MainPID --value "$1")"
+    ss -Hltnp "$ports" 2>/dev/null | sed -nE "/pid=$own,/d
+        s/.*:([0-9]+) .*\(\"([^\"]*)\",pid=([0-9]+).*/port \1 is taken by \2 (process \3): stop it/
+        T; p; q" || true
+}
+
+refuse_taken() {
+    local taken
+    taken="$(taken "$1")"
+    [[ -z $taken ]] || die "$taken, then run this again"
+}
 
 # run_unit NAME: enabled and started. Its own start may take long, and another's failure; start()
 # waits for the result.
@@ -537,9 +565,7 @@ topics_known() {
         return 0
     fi
     [[ -n "$(topics_on_disk)" ]] || return 0
-    # soon done where the broker has died: the client's own patience is a minute
-    missing="$(comm -23 <(topics_on_disk) <(topics --list --command-config <(printf '%s\n' \
-        request.timeout.ms=3000 default.api.timeout.ms=3000) 2>/dev/null | sort))"
+    missing="$(comm -23 <(topics_on_disk) <(topics_now --list | sort))"
     [[ -z $missing ]]
 }
 
@@ -580,7 +606,7 @@ try_message() {
 # Their public addresses may be closed to this machine: it shall give each up quickly.
 send_message() {
     local server=$1 properties=socket.connection.setup.timeout.ms=3000$'\n'$2 topic message got
-    topic="setup-check-$RANDOM$RANDOM" message="setup $RANDOM$RANDOM"
+    topic="setup-check-$BROKER_ID-$RANDOM" message="setup $RANDOM$RANDOM"
     # only this broker leads it: nothing here can reach the others' public addresses
     topics --create --topic "$topic" --replica-assignment "$BROKER_ID" \
         --config min.insync.replicas=1 >/dev/null
@@ -591,7 +617,7 @@ send_message() {
     got="$(tool kafka-console-consumer.sh --bootstrap-server "$server" --topic "$topic" \
         --consumer.config <(echo "$properties") --partition 0 --offset 0 --max-messages 1 \
         --timeout-ms 40000 2>"$WORK/consumer.log" || true)"
-    topics --delete --topic "$topic" >/dev/null
+    topics --delete --topic "setup-check-$BROKER_ID-.*" >/dev/null # of killed runs as well
     if [[ $got != "$message" ]]; then
         cat "$WORK/consumer.log" >&2
         die "no message came back through $server: see journalctl -u kafka"
@@ -669,16 +695,23 @@ expect() {
 }
 
 check() {
+    local there short used strangers
     BAD=0
     [[ -x $CURRENT/bin/kafka-topics.sh ]] ||
         die "Kafka is not installed: run this script without --check"
     know_addresses
     check_services
-    if reachable "$PRIVATE_ADDRESS" 9093; then # what follows asks the broker
-        check_advertised
-        check_topics
+    strangers="$(strangers -print -quit 2>/dev/null)" || strangers=$DATA
+    expect "the data is the broker's" "$strangers is not; $AGAIN" test -z "$strangers"
+    if reachable "$PRIVATE_ADDRESS" 9093; then
+        if there="$(topics_now --list)" &&
+            short="$(topics_now --describe --under-replicated-partitions)"; then
+            check_advertised
+            check_topics "$there" "$short"
+        else
+            expect "the broker answers" "journalctl -u kafka; sudo systemctl restart kafka" false
+        fi
     fi
-    local used
     used="$(df --output=pcent "$DATA" | tr -dc 0-9)"
     expect "disk $used% full" "lower log.retention.bytes in server.properties, or a bigger volume" \
         test "$used" -lt 85
@@ -687,16 +720,17 @@ check() {
 }
 
 check_services() {
-    local unit target units=(kafka)
+    local unit target taken units=(kafka)
     ! runs_zookeeper || units=(zookeeper kafka)
     for unit in "${units[@]}"; do
-        expect "$unit runs" "sudo systemctl start $unit; journalctl -u $unit" \
-            systemctl is-active --quiet "$unit"
+        taken="$(taken "$unit")"
+        expect "$unit runs" "${taken:-sudo systemctl start $unit; journalctl -u $unit}" \
+            ${taken:+false} systemctl is-active --quiet "$unit"
         expect "$unit starts at boot" "sudo systemctl enable $unit" \
             systemctl is-enabled --quiet "$unit"
     done
     for target in 127.0.0.1:9092 "$PRIVATE_ADDRESS:9093" $(zookeeper_here); do
-        expect "$target answers" "journalctl -u kafka -u zookeeper" \
+        expect "$target accepts connections" "journalctl -u kafka -u zookeeper" \
             reachable "${target%:*}" "${target#*:}"
     done
 }
@@ -705,19 +739,18 @@ check_advertised() {
     local there
     there="$(advertised "$BROKER_ID" || true)"
     expect "clients are sent to ${there:-nowhere}" \
-        "the public address is $PUBLIC_ADDRESS; run this script again without --check" \
+        "the public address is $PUBLIC_ADDRESS; $AGAIN" \
         test "$there" = "$PUBLIC_ADDRESS:9092"
     expect "$PUBLIC_ADDRESS can be resolved" "give --public-address a name that is in DNS" \
         test -n "$(address_of "$PUBLIC_ADDRESS")"
 }
 
+# check_topics THERE SHORT: what the broker has, and what of it lacks copies
 check_topics() {
     local missing
-    missing="$(comm -23 <(printf '%s\n' error_topic test) <(topics --list 2>/dev/null | sort) |
-        paste -sd' ')"
-    expect "topics test and error_topic" \
-        "missing $missing; run this script again without --check" test -z "$missing"
-    missing="$(topics --describe --under-replicated-partitions 2>/dev/null | grep -c . || true)"
+    missing="$(comm -23 <(printf '%s\n' error_topic test) <(sort <<<"$1") | paste -sd' ')"
+    expect "topics test and error_topic" "missing $missing; $AGAIN" test -z "$missing"
+    missing="$(grep -c . <<<"$2" || true)"
     expect "every partition has all its copies" \
         "$missing partitions do not; --check on the other brokers" test "$missing" = 0
 }
@@ -738,14 +771,19 @@ uninstall() {
         rm -rf "$DATA" "$ZOOKEEPER_DATA" "$CONF"
         ! id kafka >/dev/null 2>&1 || userdel kafka
         say "removed, with all data"
-    else
-        rmdir --ignore-fail-on-non-empty "$CONF" 2>/dev/null || true
+        return
+    fi
+    rmdir --ignore-fail-on-non-empty "$CONF" 2>/dev/null || true
+    if [[ -d $DATA ]]; then
         say "removed; the data is still in $DATA and $ZOOKEEPER_DATA:" \
             "--uninstall --purge removes it"
+    else
+        say "removed"
     fi
 }
 
-# A script that carries these files: EC2 hands user data over alone, and takes 16 KB of it.
+# A script that carries these files: EC2 hands user data over alone, and takes 16 KB of it. Its log
+# can hold a password.
 user_data() {
     local option options='' folder file packed
     for option in "$@"; do

@@ -165,6 +165,14 @@ def test_setup_refuses_a_private_address_of_another_machine() -> None:
     assert functions(check.replace("$1", "local 192.0.2.9 dev lo")).returncode == 0
 
 
+def test_setup_names_the_program_that_has_its_port() -> None:
+    line = 'LISTEN 0 50 127.0.0.1:2181 0.0.0.0:* users:(("nc",pid=77,fd=3))'
+    taken = f"ss() {{ echo '{line}'; }}; systemctl() {{ echo %s; }}; refuse_taken zookeeper"
+    done = functions(taken % 0)
+    assert done.returncode == 1 and "port 2181 is taken by nc (process 77)" in done.stderr
+    assert functions(taken % 77).returncode == 0, "its own"
+
+
 @pytest.fixture
 def setup_in(tmp_path: Path) -> Iterator[str]:
     """A script's beginning: the functions, with folders and stand-ins of the test's own."""
@@ -198,6 +206,23 @@ def test_broken_authority_is_named_and_not_published(
     done = bash(script + "cmp $CONF/ca.pem $CONF/before && echo same")
     assert done.stdout.split() == ["failed", "same"], done.stderr
     assert said in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_check_of_a_hanging_broker_says_nothing_that_was_not_seen(setup_in: str) -> None:
+    script = (
+        f"{setup_in} touch $CURRENT/bin/kafka-topics.sh; chmod +x $CURRENT/bin/*; mkdir -p $DATA;"
+    )
+    script += "know_addresses() { :; }; check_services() { :; }; reachable() { true; };"
+    script += "find() { :; }; topics() { false; }; zookeeper() { false; }; check"
+    done = bash(script)
+    assert done.returncode == 1
+    assert re.findall("FAIL  ([^:]*)", done.stdout) == ["the broker answers"]
+    assert "copies" not in done.stdout
+
+
+def test_uninstall_says_that_data_is_left_only_where_it_is(setup_in: str) -> None:
+    assert "still" not in bash(f"{setup_in} uninstall").stdout
+    assert "still" in bash(f"{setup_in} mkdir -p $DATA; uninstall").stdout
 
 
 @pytest.mark.parametrize("name", INSTALLED)

@@ -366,7 +366,10 @@ def test_second_run_changes_nothing(broker: Instance) -> None:
         return [files(broker), *units]
 
     before = state()
+    tool = f"/opt/kafka/bin/kafka-topics.sh --bootstrap-server {PRIVATE}:9093"
+    broker.log_in(f"{tool} --create --topic setup-check-0-7")  # a run that was killed
     output = broker.log_in(f"sudo {SETUP}")
+    assert "setup-check" not in broker.log_in(f"{tool} --list")
     assert "wrote" not in output and "starting" not in output and "a message went" in output
     assert before == state()
     assert broker.sh("ls -A /opt | grep kafka").split() == ["kafka", NAME]
@@ -422,7 +425,7 @@ def test_check_says_what_is_wrong_and_what_to_do(broker: Instance) -> None:
     broker.sh("systemctl disable zookeeper")
     check = f"sudo {SETUP} --check"
     output = broker.log_in(f"{check} --public-address 203.0.113.99", check=False)
-    assert broker.code == 1 and len(re.findall("^ok ", output, re.M)) == 10
+    assert broker.code == 1 and len(re.findall("^ok ", output, re.M)) == 11
     assert re.findall("FAIL.*", output) == [
         "FAIL  zookeeper starts at boot: sudo systemctl enable zookeeper",
         f"FAIL  clients are sent to {PUBLIC}:9092: the public address is 203.0.113.99; "
@@ -435,6 +438,32 @@ def test_check_says_what_is_wrong_and_what_to_do(broker: Instance) -> None:
     assert re.findall("FAIL  ([^:]*)", output) == ["kafka runs", "127.0.0.1", PRIVATE]
     broker.log_in("sudo systemctl start kafka")
     assert "FAIL" not in broker.log_in(check)
+
+
+def test_check_says_once_that_a_hanging_broker_does_not_answer(broker: Instance) -> None:
+    broker.sh(f"kill -STOP {broker.unit('kafka', 'MainPID')}")
+    try:
+        output = broker.log_in(f"sudo {SETUP} --check", check=False, timeout=40)
+        assert broker.code == 1
+    finally:
+        broker.sh(f"kill -CONT {broker.unit('kafka', 'MainPID')}")
+    assert re.findall("FAIL  ([^:]*)", output) == ["the broker answers"]
+    assert "topics" not in output and "copies" not in output
+
+
+def test_port_of_another_program_and_data_of_another_user_are_named(broker: Instance) -> None:
+    broker.sh("systemctl stop kafka zookeeper; chown -R root /var/lib/kafka/test-0")
+    listen = "$s = IO::Socket::INET->new(LocalPort => 2181, Listen => 1, ReuseAddr => 1)"
+    other = f"use IO::Socket; {listen}; sleep 600"
+    broker.sh(f"systemd-run --quiet --unit=other perl -e '{other}'; sleep 1")
+    check = broker.log_in(f"sudo {SETUP} --check", check=False)
+    assert re.search(r"FAIL  zookeeper runs: port 2181 is taken by perl \(process \d+\)", check)
+    assert "FAIL  the data is the broker's: /var/lib/kafka/test-0 is not" in check
+    said = broker.log_in(f"sudo {SETUP}", check=False, timeout=40)
+    assert broker.code == 1 and "port 2181 is taken by perl" in said
+    broker.sh("systemctl stop other")
+    broker.log_in(f"sudo {SETUP}")
+    assert "FAIL" not in broker.log_in(f"sudo {SETUP} --check")
 
 
 def test_restart_with_zookeeper_stopped_starts_once(broker: Instance) -> None:
@@ -676,6 +705,7 @@ def test_purged_machine_has_nothing_left(broker: Instance, secured: dict[str, st
     left = broker.sh("ls -d /etc/kafka /opt/.kafka* /opt/kafka* /var/lib/{kafka,zookeeper} || true")
     assert [line for line in left.splitlines() if "cannot access" not in line] == ["/opt/kafka-s3"]
     assert not broker.sh("getent passwd kafka || true")
+    assert "still" not in broker.log_in(f"sudo {SETUP} --uninstall")
     broker.power_off()
 
 
