@@ -13,12 +13,14 @@ from contextlib import closing, suppress
 from importlib import metadata
 from importlib.util import find_spec
 
+PIP_INSTALL = f"{sys.executable} -m pip install"
+
 
 def _installation_problem() -> str:
     """Why the scripts cannot run with what is installed, and what to do; "" when they can."""
     if sys.version_info < (3, 11):  # noqa: UP036
         return f"Python 3.11 or newer is needed, and this is {sys.version.split()[0]}"
-    install = f"{sys.executable} -m pip install -r requirements.txt"
+    install = f"{PIP_INSTALL} -r requirements.txt"
     missing = [name for name in ("dotenv", "kafka", "pandas", "s3fs") if not find_spec(name)]
     if missing:
         return f"packages are missing ({', '.join(missing)}): {install}"
@@ -95,14 +97,18 @@ NOT_S3 = "that is no answer of S3: is S3_ENDPOINT_URL right, is a proxy in betwe
 HINTS = {
     "AccessDenied": "does the policy allow s3:PutObject, s3:GetObject and s3:ListBucket here?",
     "ConnectionClosedError": "is it http or https? See S3_ENDPOINT_URL",
-    "EndpointConnectionError": "see S3_ENDPOINT_URL; is the server up?",
+    **dict.fromkeys(
+        ("EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError"),
+        "see S3_ENDPOINT_URL; is the server up?",
+    ),
     "SSLError": "name the file of a private authority in AWS_CA_BUNDLE; is it https at all?",
     "KafkaTimeoutError": "does KAFKA_DLQ_TOPIC exist, and may this user see it? Create it",
     "InconsistentGroupProtocolError": "another program is in KAFKA_GROUP_ID: take another group",
     "GroupAuthorizationFailedError": "allow this user Read on the group KAFKA_GROUP_ID",
     "TopicAuthorizationFailedError": "allow this user Read, or Write, on the topic: see the ACLs",
     "UnknownError": "a topic with cleanup.policy=compact takes no record without a key",
-    "MessageSizeTooLargeError": "raise max.message.bytes of KAFKA_DLQ_TOPIC",
+    "MessageSizeTooLargeError": "raise max.message.bytes of this topic",
+    "InvalidRegionError": "see AWS_DEFAULT_REGION",
     "NoSuchBucket": "create it, or correct S3_BUCKET",
     "RequestTimeTooSkewed": "set this machine's clock",
     "ResponseParserError": NOT_S3,
@@ -323,12 +329,12 @@ def _kafka_problems(values: Mapping[str, Any]) -> Iterator[str]:
         yield f"KAFKA_SSL_CAFILE={values['kafka_ssl_cafile']!r}: there is no such file"
     compression = get("kafka_compression_type")
     if compression and not getattr(codec, f"has_{compression}")():
-        yield f"KAFKA_COMPRESSION_TYPE={compression!r}: pip install {_CODECS[compression]}"
+        yield f"KAFKA_COMPRESSION_TYPE={compression!r}: {PIP_INSTALL} {_CODECS[compression]}"
 
 
 def _other_problems(values: Mapping[str, Any]) -> Iterator[str]:
     if values.get("metrics_port") and not find_spec("prometheus_client"):
-        yield f"METRICS_PORT={values['metrics_port']!r}: pip install prometheus-client"
+        yield f"METRICS_PORT={values['metrics_port']!r}: {PIP_INSTALL} prometheus-client"
     bucket, url = values.get("s3_bucket"), urlsplit(values.get("s3_endpoint_url") or "")
     # As in https://BUCKET.s3.amazonaws.com: minio.local is no bucket's host, however it is called.
     host = re.match(rf"{re.escape(bucket or '')}\.(s3|localhost|.+\..+\.)", url.hostname or "")
@@ -378,7 +384,7 @@ def _line_problems(line: Binding) -> Iterator[str]:
     ours = name.upper().startswith(("KAFKA_", "S3_"))
     close = difflib.get_close_matches(name.upper(), settings, 1, 0.78 if ours else 0.9)
     if line.error or value is None or "\0" in value:
-        yield f"line {number}: must be NAME=value"
+        yield f"line {number}: must be NAME=value, with no quotes or a pair of them"
     elif set(re.findall(r"[\x00-\x1f]", value)) - set(text.strip()):
         yield f"{where}: in double quotes a backslash makes a control character; use single quotes"
     elif re.match("[\u2018-\u201f]", value):
@@ -506,6 +512,7 @@ class _Stream(logging.StreamHandler):
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
             if callable(signal.getsignal(signal.SIGTERM)):  # not stopping yet
                 signal.raise_signal(signal.SIGTERM)
+                log.warning("what read this script's output has left, so it ends")
         elif not isinstance(error, OSError):  # a full disk is no reason to stop moving records
             super().handleError(record)
 
@@ -834,7 +841,7 @@ def _unreadable(tp: TopicPartition, offset: int, error: Exception) -> Unreadable
     hint = ""
     if isinstance(error, UnsupportedCodecError):
         packages = [_CODECS[name] for name in _CODECS if name in str(error).lower()]
-        hint = f" (pip install {' '.join(packages)})"
+        hint = f" ({PIP_INSTALL} {' '.join(packages)})"
     return Unreadable(
         f"the record at {tp.topic}/{tp.partition}/{offset} cannot be read: {explain(error)}{hint};"
         f" nothing from it on is committed. To go on without it: stop the group and"

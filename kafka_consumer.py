@@ -775,6 +775,9 @@ class Stats:
     def done(self) -> int:
         return self.written + self.dead_letters
 
+    def summary(self) -> str:
+        return f"written {self.written}, dead-lettered {self.dead_letters}"
+
 
 @dataclass(eq=False)
 class Partition:
@@ -1352,6 +1355,7 @@ def run(sink: Sink, stop: config.Stop) -> None:
     """
     stats = sink.stats
     stop.under_way = lambda: f"{sink.in_hand()} uploads under way"
+    stop.farewell = lambda: f"; {stats.summary()}"
     try:
         while not stop.requested and stats.done < sink.limit:
             stop.check()
@@ -1367,7 +1371,7 @@ def run(sink: Sink, stop: config.Stop) -> None:
         finally:
             with suppress(Exception):  # the reason of the end is another, and all is committed
                 config.background(sink.consumer.close, False).result(3)
-            log.info("written %d, dead-lettered %d", stats.written, stats.dead_letters)
+            log.info("%s", stats.summary())
 
 
 # ----------------------------------------------------------------------------------------- start

@@ -593,6 +593,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         stop = Stop()
         rows: Iterator[Row | None]
         if args.stdin:
+            if sys.stdin.isatty():
+                log.info("--stdin: type a JSON object a line; the end of input (Ctrl-D) ends it")
             # Not sys.stdin's buffer: at the exit Python would wait for the thread that reads it.
             rows = json_lines(open(0, "rb", closefd=False), settings.kafka_key_column)  # noqa: SIM115
         else:

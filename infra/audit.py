@@ -1076,6 +1076,7 @@ class Audit(Proof):
         if set(self.problems()) - {"lost"}:
             raise Failure("nothing was sealed: see what is wrong above")
         now = datetime.now(UTC).isoformat(timespec="microseconds")
+        before = len(self.heads)
         for partition, ledger in self.ledgers.items():
             chain = self.chains.setdefault(partition, Chain())
             while max(chain.next, ledger.begin) < ledger.until:
@@ -1087,6 +1088,8 @@ class Audit(Proof):
                 chain.add(key, seal, value)
                 self.heads.append((now, partition, chain.head))
                 output.info("sealed %s/%d: %s", self.topic, partition, key)
+        if len(self.heads) == before:
+            output.info("nothing new to seal")
         await self.look_for_others()
         roots = list(self.roots())
         if roots:

@@ -10,7 +10,7 @@ Maven the broker is Apache Kafka. Reads no .env and nothing of your environment
 but PATH, PYTHON (the interpreter), VENV (another folder than .venv), JAVA_HOME
 and KAFKA_HOME: your own broker and bucket are never touched.'
 
-ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+ROOT="$(CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 readonly ROOT
 VENV="${VENV:-$ROOT/.venv}"
 [ "${VENV#/}" != "$VENV" ] || VENV="$PWD/$VENV"
@@ -143,8 +143,8 @@ main() {
     say "Done; broker, bucket and data go now. To go on, with a terminal each:"
     printf '    %s\n' "cp -n .env.example .env" \
         "${PY#"$ROOT/"} infra/local_stack.py  # first: Kafka and S3, until Ctrl-C" \
-        "${PY#"$ROOT/"} kafka_consumer.py     # second" \
-        "${PY#"$ROOT/"} kafka_producer.py     # third"
+        "${PY#"$ROOT/"} kafka_producer.py     # second" \
+        "${PY#"$ROOT/"} kafka_consumer.py     # third"
 }
 
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then

@@ -21,7 +21,7 @@ producer-perf-test reassign-partitions replica-verification
 streams-application-reset topics transactions verifiable-consumer
 verifiable-producer'
 
-ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+ROOT="$(CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 readonly ROOT
 readonly LIBS="${KAFKA_HOME:-$ROOT/.local/kafka}/libs"
 
@@ -141,6 +141,8 @@ main() {
             *) set -- "$option" "$address" "$@" ;;
         esac
     fi
+    # A path with other letters than ASCII is found in a locale that has them.
+    export LC_ALL=C.UTF-8
     exec "$java" -Xmx256M "-Dlog4j.configuration=file:$ROOT/infra/kafka-tools-log4j.properties" \
         -cp "$LIBS/*" "$class" "$@"
 }

@@ -19,6 +19,7 @@ import contextlib
 import fcntl
 import functools
 import importlib.util
+import json
 import logging
 import os
 import random
@@ -149,7 +150,7 @@ def java() -> str:
 def kafka_home() -> Path:
     """A folder with Kafka's jars in libs/: KAFKA_HOME, or .local/kafka, filled by Maven once."""
     java()
-    if "KAFKA_HOME" in os.environ:
+    if os.environ.get("KAFKA_HOME"):
         home = Path(os.environ["KAFKA_HOME"])
         if not list(home.glob("libs/kafka_*.jar")):
             raise StackError(f"KAFKA_HOME={home} has no libs/kafka_*.jar")
@@ -186,14 +187,19 @@ def kafka_jars() -> str:
 def start_jvm(
     main_class: str, properties: Mapping[str, str], log: Path, *flags: str
 ) -> subprocess.Popen:
-    """Start a server of Kafka's jars with `properties` as its file, which stands beside its log."""
+    """Start a server of Kafka's jars with `properties` as its file, which stands beside its log.
+
+    Java's properties are Latin-1 with escapes, of which JSON's are a part."""
     log.parent.mkdir(parents=True, exist_ok=True)
     log4j = log.with_name("log4j.properties")
     log4j.write_text(_LOG4J)
     config = log.with_suffix(".properties")
-    config.write_text("".join(f"{key}={value}\n" for key, value in properties.items()))
-    command = [java(), *flags, f"-Dlog4j.configuration=file:{log4j}", "-cp", kafka_jars()]
-    return spawn([*command, main_class, str(config)], log)
+    lines = [f"{key}={json.dumps(value)[1:-1]}\n" for key, value in properties.items()]
+    config.write_text("".join(lines))
+    command = [java(), *flags, f"-Dlog4j.configuration={log4j.as_uri()}", "-cp", kafka_jars()]
+    # In a locale without them Java finds no path that has other letters than ASCII.
+    env = {**os.environ, "LC_ALL": "C.UTF-8"}
+    return spawn([*command, main_class, str(config)], log, env)
 
 
 class ZooKeeper:
@@ -368,6 +374,8 @@ class S3:
         """Start the server; return when it listens."""
         program, data = versitygw(), self.folder / "s3"
         data.mkdir(parents=True, exist_ok=True)
+        if program and shutil.which(program) is None:
+            raise StackError(f"VERSITYGW={program}: there is no such program")
         if program:
             command = [
                 program,
@@ -413,8 +421,8 @@ class S3:
 
 def port_number(text: str) -> int:
     """The value of --port and --s3-port."""
-    if not 0 <= int(text) < 65536:
-        raise ValueError
+    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port: 1 to 65535, or 0: a free one")
     return int(text) or free_port()
 
 
@@ -436,6 +444,13 @@ def bucket_name(text: str) -> str:
             f"{text!r} is no name for a bucket: 3 to 63 lower-case letters, digits, '.' and '-'"
         )
     return text
+
+
+def folder_name(text: str) -> Path:
+    """The value of --keep."""
+    if not text:  # an unset variable, perhaps: the data would fill the folder that one is in
+        raise argparse.ArgumentTypeError("it names no folder")
+    return Path(text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -467,9 +482,10 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument(
         "--keep",
-        type=Path,
+        type=folder_name,
         metavar="DIR",
-        help="keep topics, positions and objects in this folder, and go on with what is there",
+        help="keep topics, positions and objects in this folder, and go on with what is there "
+        "(needs versitygw, which tests/run.sh builds where Go is)",
     )
     return result
 
@@ -494,9 +510,13 @@ def check_ports(port: int, s3_port: int) -> None:
 def data_folder(keep: Path | None, cleanup: ExitStack) -> Path:
     """Where the servers' data goes: the folder of --keep, ours until `cleanup`, or a temporary
     folder that `cleanup` removes."""
+    folder = (keep or Path(tempfile.gettempdir())).expanduser().resolve()
+    if "," in str(folder):
+        raise StackError(
+            f"{folder}: a comma separates folders for Kafka; take another (--keep, TMPDIR)"
+        )
     if keep is None:
         return Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="kafka-s3-")))
-    folder = keep.expanduser().resolve()
     folder.mkdir(parents=True, exist_ok=True)
     lock = cleanup.enter_context((folder / "lock").open("w"))
     try:
@@ -612,7 +632,9 @@ def run(options: argparse.Namespace, cleanup: ExitStack) -> NoReturn:
 
     print(f"Kafka: localhost:{options.port} ({kind})")
     print("       topics", ", ".join(f"{name}:{count}" for name, count in topics.items()))
-    print(f"S3:    http://localhost:{options.s3_port} ({s3.kind}), bucket {', '.join(buckets)}")
+    process = s3.process.pid if s3.process else "?"
+    print(f"S3:    http://localhost:{options.s3_port} ({s3.kind}, process {process})")
+    print("       bucket", ", ".join(buckets))
     ending = f"Ctrl-C stops both; their data stays in {folder}"
     print(f"Ready. {ending if keep else 'Ctrl-C stops both and removes their data.'}", flush=True)
     servers = {"S3": (s3.process, s3.log)}

@@ -45,7 +45,7 @@ from yarl import URL
 try:
     import duckdb
 except ImportError as error:
-    sys.exit(f"{error.name} is not installed: pip install '.[report]'")
+    sys.exit(f"{error.name} is not installed: {sys.executable} -m pip install '.[report]'")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config import (
     Failure,

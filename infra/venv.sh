@@ -8,7 +8,7 @@ extra of pyproject.toml: fast, local, metrics, report, test. A folder that was
 moved, or whose Python is gone, is made anew. PYTHON chooses the interpreter:
 3.11 or newer. Where uv is installed it does the work, otherwise venv and pip.'
 
-ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+ROOT="$(CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 readonly ROOT
 
 VENV="${VENV:-$ROOT/.venv}"
@@ -28,7 +28,7 @@ extras() {
 }
 
 check_extra() {
-    [ -z "$1" ] || extras | grep -qx -- "$1" \
+    [ -z "$1" ] || extras | grep -qxF -- "$1" \
         || die "no extra '$1' in pyproject.toml; there are: $(extras | paste -sd ' ' -)" 2
 }
 
@@ -115,12 +115,27 @@ reason() {
     grep -iE '^ *(error|×|failed)' "$LOG" | tail -n 1 || tail -n 1 "$LOG"
 }
 
+# The name of something in VENV that no virtual environment has; nothing beside it is removed.
+find_stranger() {
+    local path
+    for path in "$VENV"/* "$VENV"/.[!.]*; do
+        case "${path##*/}" in
+            bin | include | lib | lib64 | share | etc | pyvenv.cfg) ;;
+            install.log | .installed-* | .gitignore | .lock | CACHEDIR.TAG | uv-* | .tmp*) ;;
+            *) [ ! -e "$path" ] || { echo "${path##*/}" && return; } ;;
+        esac
+    done
+    return 1
+}
+
 make_venv() {
-    local python=""
+    local python="" stranger
     python="$(find_python)" || [ -z "${PYTHON:-}" ] \
         || die "PYTHON=$PYTHON is not Python 3.11 or newer"
     if [ -e "$VENV/pyvenv.cfg" ] || [ -e "$LOG" ]; then
         ! works "${PYTHON:+$python}" || return 0
+        ! stranger="$(find_stranger)" \
+            || die "$VENV is no virtual environment that works, and has $stranger in it: remove it yourself, or set VENV to another folder"
         echo "venv.sh: $VENV was moved, is of another Python or not complete: making it anew" >&2
         rm -rf "$VENV"
     elif [ -d "$VENV" ] && [ -n "$(ls -A "$VENV")" ]; then
@@ -166,6 +181,7 @@ main() {
         -h | --help) printf '%s\n' "$USAGE" && return ;;
         -*) printf '%s\n' "$USAGE" >&2 && return 2 ;;
     esac
+    [ $# -le 1 ] || { printf '%s\n' "$USAGE" >&2 && return 2; }
     trap 'exit 130' INT
     check_extra "${1:-}"
     make_venv

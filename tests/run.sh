@@ -11,7 +11,7 @@ fault and soak tests too. The other arguments go to pytest: -x, -k NAME, or the
 only files to test, of which the long tests need --all.
 PYTHON chooses the interpreter, VENV another folder than .venv.'
 
-ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+ROOT="$(CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 readonly ROOT
 VENV="${VENV:-$ROOT/.venv}"
 [ "${VENV#/}" != "$VENV" ] || VENV="$PWD/$VENV"

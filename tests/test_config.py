@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kafka.errors import TopicAuthorizationFailedError
+from kafka.errors import MessageSizeTooLargeError, TopicAuthorizationFailedError
 
 import config
 import kafka_consumer
@@ -312,7 +312,8 @@ def test_a_byte_order_mark_and_windows_line_ends_do_no_harm(dotenv, newline):
 def test_bad_lines_are_named_by_number_and_never_shown(dotenv):
     with pytest.raises(SettingsError) as caught:
         dotenv("A=1\n\n# note\n\nsecret key\nB=2\nSECRET\nC='secret\nD=4\n")
-    lines = [re.search(r"line (\d+): must be NAME=value$", line)[1] for line in caught.value.args]
+    said = r"line (\d+): must be NAME=value, with no quotes or a pair of them$"
+    lines = [re.search(said, line)[1] for line in caught.value.args]
     assert lines == ["5", "7", "8"]
     assert "secret" not in "".join(caught.value.args).lower()
     assert not {"A", "B", "D"} & set(os.environ)
@@ -729,6 +730,27 @@ print(stop.requested, file=open(sys.argv[1], "w"))
     assert answer.read_text() == "True\n"
 
 
+def test_that_the_reader_has_left_is_said():
+    code = (
+        "import config\n"
+        "config.setup_logging(config.Settings.from_env({}))\n"
+        "stop = config.Stop()\n"
+        "while not stop.requested:\n"
+        "    config.output.info('line')\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=HERE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert "WARNING what read this script's output has left" in process.stderr.read()
+        assert process.wait(20) == 0
+
+
 def test_a_full_disk_under_the_records_is_no_reason_to_stop(logs, monkeypatch):
     out, err = logs()
 
@@ -997,3 +1019,7 @@ def test_a_full_disk_under_the_output_changes_no_exit_code(command, code):
     line = f"exec {sys.executable} {command}"
     done = subprocess.run(["sh", "-c", line], cwd=HERE, env=environ, timeout=60)
     assert done.returncode == code
+
+
+def test_what_to_try_names_no_topic_that_may_be_another():
+    assert "max.message.bytes of this topic" in config.explain(MessageSizeTooLargeError("why"))

@@ -165,12 +165,12 @@ def test_an_environment_that_cannot_work_is_made_anew(
     checkout: Checkout, damage: Callable[[Path], None]
 ) -> None:
     venv.create(checkout.venv, with_pip=False, symlinks=True)
-    (checkout.venv / "left-over").touch()
+    (checkout.venv / "bin" / "left-over").touch()
     damage(checkout.venv)
     done = checkout.make()
     assert done.returncode == 0, done.stderr
     assert "was moved, is of another Python or not complete: making it anew" in done.stderr
-    assert not (checkout.venv / "left-over").exists()
+    assert not (checkout.venv / "bin" / "left-over").exists()
     checkout.check()
 
 
@@ -192,6 +192,35 @@ def test_a_folder_that_is_no_environment_is_left_alone(checkout: Checkout) -> No
         "mine is there and is no virtual environment: set VENV to another folder\n"
     )
     assert (checkout.folder / "mine" / "precious").exists()
+
+
+@pytest.mark.parametrize("mark", ["pyvenv.cfg", "install.log"])
+def test_what_no_environment_has_is_never_removed(checkout: Checkout, mark: str) -> None:
+    (checkout.folder / "mine").mkdir()
+    for name in (mark, "precious"):
+        (checkout.folder / "mine" / name).write_text("mine")
+    done = checkout.make(VENV="mine")
+    assert done.returncode == 1
+    assert "mine is no virtual environment that works, and has precious in it" in done.stderr
+    assert (checkout.folder / "mine" / "precious").read_text() == "mine"
+
+
+def test_an_extra_is_a_name_and_one_at_most(checkout: Checkout) -> None:
+    assert checkout.make("l.cal").returncode == 2
+    done = checkout.make("local", "test")
+    assert done.returncode == 2 and done.stderr.startswith("Usage: infra/venv.sh [EXTRA]")
+    assert not checkout.venv.exists()
+
+
+def test_cdpath_of_the_caller_does_not_matter(checkout: Checkout) -> None:
+    done = subprocess.run(
+        ["infra/venv.sh", "locl"],
+        cwd=checkout.folder,
+        env=checkout.env | {"CDPATH": "."},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr.endswith("there are: local test\n")
 
 
 @pytest.mark.slow

@@ -135,6 +135,13 @@ def test_no_jars_and_no_java_are_one_line(kafka: Kafka, tmp_path: Path) -> None:
     assert done.stderr.startswith("kafka.sh: Java was not found (Debian, Ubuntu: apt install ")
 
 
+def test_a_path_with_other_letters_than_ascii_is_found_in_any_locale(tmp_path: Path) -> None:
+    (tmp_path / "größe").symlink_to(kafka_home())
+    home = str(tmp_path / "größe")
+    done = tool("dump-log", "--version", KAFKA_HOME=home, LC_ALL="C", CDPATH=".")
+    assert done.stdout.startswith("3.3.1") and done.stderr == ""
+
+
 def test_an_unknown_tool_is_exit_code_2_with_those_that_exist() -> None:
     done = tool("topcs", "--list")
     assert done.returncode == 2

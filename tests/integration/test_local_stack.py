@@ -164,6 +164,45 @@ def test_nothing_can_be_kept_without_apache_kafka(
     )
 
 
+def test_a_folder_with_a_comma_is_refused(
+    run: Callable[..., Script], stack_env: dict[str, str], tmp_path: Path
+) -> None:
+    for args, env in (
+        ([f"--keep={tmp_path / 'a,b'}"], stack_env),
+        ([], stack_env | {"TMPDIR": str(tmp_path / "c,d")}),
+    ):
+        (tmp_path / "c,d").mkdir(exist_ok=True)
+        script = run("infra/local_stack.py", "--port=0", "--s3-port=0", *args, env=env)
+        assert script.wait() == 1
+        assert "a comma separates folders for Kafka; take another" in script.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c,d", "tmp"]
+
+
+def test_an_s3_server_that_is_not_there_is_one_line(
+    run: Callable[..., Script], stack_env: dict[str, str]
+) -> None:
+    env = stack_env | {"VERSITYGW": "/nowhere/versitygw"}
+    script = run("infra/local_stack.py", "--port=0", "--s3-port=0", env=env)
+    assert script.wait() == 1
+    said = "local_stack: VERSITYGW=/nowhere/versitygw: there is no such program"
+    assert script.lines("stderr") == [said]
+
+
+@pytest.mark.real
+def test_all_its_data_is_in_a_folder_of_any_name(
+    kafka: Kafka, s3: S3, stack: Callable[..., Script], tmp_path: Path
+) -> None:
+    if s3.kind != "versitygw":
+        pytest.skip("moto keeps nothing")
+    keep = tmp_path / "größe 日経 50%20 #1 \\x"
+    script = stack("--keep", str(keep), LC_ALL="C", PYTHONUTF8="1")
+    script.terminate()
+    assert script.wait(15) == 0
+    assert {"kafka", "zookeeper", "s3", "broker.log"} <= {path.name for path in keep.iterdir()}
+    assert "started (kafka.server.KafkaServer)" in (keep / "broker.log").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([keep.name, "tmp"])
+
+
 def cmdline(pid: int) -> bytes:
     return Path(f"/proc/{pid}/cmdline").read_bytes()
 
@@ -233,8 +272,9 @@ def test_ports_in_use_are_named_with_what_to_do_and_exit_code_1(
 @pytest.mark.parametrize(
     "arguments, told",
     [
-        (["--port", "70000"], "argument --port: invalid"),
-        (["--port", "x"], "argument --port: invalid"),
+        (["--port", "70000"], "argument --port: '70000' is no port: 1 to 65535"),
+        (["--port", "1_000"], "argument --port: '1_000' is no port"),
+        (["--keep", ""], "argument --keep: it names no folder"),
         (["--what"], "unrecognized arguments: --what"),
         (["--topc", "a"], "unrecognized arguments: --topc a"),
         (["--topic", "a/b"], "'a/b' is not NAME:PARTITIONS, for example stocks:3"),

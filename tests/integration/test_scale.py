@@ -101,7 +101,7 @@ def test_compression_reaches_the_bucket_unpacked_or_names_the_missing_library(
     producer = run("kafka_producer.py", "--max-messages", "50", env=env)
     if not getattr(codec, f"has_{kind}")():
         assert producer.wait() == 2
-        assert f"KAFKA_COMPRESSION_TYPE={kind!r}: pip install" in producer.stderr
+        assert re.search(f"KAFKA_COMPRESSION_TYPE={kind!r}: .*pip install", producer.stderr)
         assert "Traceback" not in producer.stderr
         return
     assert producer.wait() == 0
