@@ -22,6 +22,7 @@ from kafka.errors import GroupAuthorizationFailedError as NotAllowed
 from config import Failure, S3Error, Unreadable
 from kafka_consumer import (
     BYTES_IN_HAND,
+    BYTES_UNDER_WAY,
     COMMIT_EVERY,
     TIMEOUT,
     WINDOW,
@@ -469,6 +470,28 @@ def test_a_topic_made_anew_behind_an_error_ends_it_before_anything_of_it_is_comm
     with pytest.raises(Failure, match=rf"position 100 .* test/0 is {what}"):
         stepping(sink, clock, 3)
     assert topic.group == there
+
+
+def test_a_topic_made_anew_while_a_poll_took_long_ends_it_before_a_commit(sinks, clock):
+    sink, topic, uploads = sinks(100)
+    stepping(sink, clock, 1)
+    topic.ends[TP] += 30
+    while not uploads.under_way:
+        sink.step()
+    poll = sink.consumer.poll
+
+    def a_long_poll(**args):
+        sink.consumer.poll = poll
+        topic.make_anew([600])
+        clock.wait(0.6)  # what is under way is done meanwhile
+        return {}
+
+    sink.consumer.poll = a_long_poll
+    sink.step()
+    assert topic.group == {}
+    with pytest.raises(Failure, match="was the topic deleted and made anew"):
+        stepping(sink, clock, 3)
+    assert topic.group == {}
 
 
 @pytest.mark.parametrize("there", [{}, {TP: 40}])
@@ -985,6 +1008,32 @@ def test_a_dead_letter_behind_a_hold_is_not_sent_twice(sinks, clock):
     assert sink.stats.dead_letters == 100 and sink.stats.written == 1_200
 
 
+def test_when_a_hold_is_over_the_others_are_tried_at_once(sinks, clock):
+    sink, topic, uploads = sinks(10, 10, takes=lambda record: 0.01)
+    uploads.outcome = lambda record: failing("SlowDown")
+    stepping(sink, clock, 20)
+    ended = clock()
+    uploads.outcome = lambda record: "written"
+    while topic.group != {TP: 10, TP1: 10}:
+        stepping(sink, clock, 0.001)
+    tried = {partition: at for at, partition, offset in reversed(uploads.times) if at >= ended}
+    assert abs(tried[0] - tried[1]) < 0.1
+
+
+def test_of_large_records_few_are_under_way_at_once(sinks, clock):
+    sink, topic, uploads = sinks(100)
+    topic.values = lambda partition, offset: b'{"a": "%s"}' % (b"x" * 2**20)
+    most = 0
+
+    def count():
+        nonlocal most
+        most = max(most, len(uploads.under_way))
+
+    stepping(sink, clock, 20, count)
+    assert topic.group == {TP: 100}
+    assert 4 <= most <= BYTES_UNDER_WAY // 2**20 + 1
+
+
 def test_the_first_in_line_that_failed_is_the_hold(sinks, clock):
     sink, _topic, uploads = sinks(8)
     settled(sink, clock)
@@ -1201,7 +1250,7 @@ def test_a_partition_that_gives_no_record_though_there_are_some_is_said_and_rest
     said = [line for line in lines() if line.startswith("test/1 stands still at 0: the broker")]
     assert len(said) == 1 and "compression.type" in said[0]
     assert topic.group == {TP: 10, TP1: 0}
-    assert any(TP1 in paused for _, paused in sink.consumer.polls)
+    assert any({TP1} == paused for _, paused in sink.consumer.polls), "the other is not paused"
     topic.refused = set()
     stepping(sink, clock, 6)
     assert topic.group == {TP: 10, TP1: 10}
