@@ -374,6 +374,9 @@ def _open_text(path: Path) -> io.StringIO:
     raise SettingsError(f"{path} cannot be read: {problem}")
 
 
+_AWS = "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION"
+
+
 def _line_problems(line: Binding) -> Iterator[str]:
     """What is wrong with a line of `.env`, without its value, which may be a secret."""
     name, value, text = line.key or "", line.value, line.original.string
@@ -393,6 +396,8 @@ def _line_problems(line: Binding) -> Iterator[str]:
         yield f"{where} is no setting; did you mean {close[0]}?"
     elif ours and not close:
         log.warning("%s names no setting, and is not read", name)
+    elif name not in _AWS and (meant := difflib.get_close_matches(name.upper(), _AWS, 1, 0.9)):
+        log.warning("%s is no name that AWS knows; did you mean %s?", where, meant[0])
 
 
 def positive(text: str) -> int:

@@ -396,8 +396,17 @@ def test_a_name_that_could_be_one_of_ours_and_is_none_is_a_warning(dotenv, caplo
     ]
 
 
+@pytest.mark.parametrize("name", ["AWS_ACCES_KEY_ID", "aws_access_key_id", "AWS_ACCESS_KEY"])
+def test_a_name_that_is_nearly_one_of_aws_is_a_warning_without_its_value(dotenv, caplog, name):
+    dotenv(f"{name}=secret\n")
+    assert [record.getMessage() for record in caplog.records] == [
+        f"line 1: {name} is no name that AWS knows; did you mean AWS_ACCESS_KEY_ID?"
+    ]
+
+
 def test_names_of_others_are_no_matter(dotenv, caplog):
     dotenv("AWS_ENDPOINT_URL=http://x\nAWS_REGION=x\nHTTPS_PROXY=x\nMY_BUCKET=x\n")
+    dotenv("AWS_ACCESS_KEY_ID=x\nAWS_SECRET_ACCESS_KEY=x\nAWS_PROFILE=x\nAWS_CA_BUNDLE=x\n")
     assert not caplog.records
 
 
