@@ -1366,7 +1366,7 @@ def run(sink: Sink, stop: config.Stop) -> None:
         raise
     finally:
         try:
-            sink.wait_for_state(1)
+            sink.wait_for_state(1 if stop.requested else 5)
             sink.commit(now=True)
         finally:
             with suppress(Exception):  # the reason of the end is another, and all is committed

@@ -920,6 +920,22 @@ def test_a_conflict_ends_it_at_once_and_what_is_before_it_is_done(sinks, clock):
     assert sink.partitions[TP].line[0].record.offset == 3
 
 
+def test_what_is_before_a_conflict_is_committed_though_the_broker_is_slow_to_say_where_it_is(
+    sinks, clock
+):
+    sink, topic, uploads = sinks(4)
+    stepping(sink, clock, 1)
+    uploads.outcome = lambda record: Conflict("other") if record.offset == 6 else "written"
+    topic.ends[TP] = 8
+    while not uploads.under_way:
+        sink.step()
+    topic.look_takes = lambda: 3
+    sink.suspect()
+    with pytest.raises(Conflict):
+        run(sink, stopping(False))
+    assert topic.group == {TP: 6}
+
+
 def test_a_conflict_found_while_holding_ends_it(sinks, clock):
     sink, topic, uploads = sinks(1)
     uploads.outcome = lambda record: failing() if len(uploads.times) < 3 else Conflict("x")

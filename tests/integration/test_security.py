@@ -44,7 +44,7 @@ class Secured:
         for name in ("sasl_plaintext", "sasl_ssl"):
             start = f"listener.name.{name}"
             kafka.properties[f"{start}.plain.sasl.jaas.config"] = (
-                f'{PLAIN} required user_{USER}="{secret}";'.replace("\\", "\\\\")
+                f'{PLAIN} required user_{USER}="{secret}";'
             )
             for mechanism in ("scram-sha-256", "scram-sha-512"):
                 kafka.properties[f"{start}.{mechanism}.sasl.jaas.config"] = f"{SCRAM} required;"
