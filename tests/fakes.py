@@ -24,8 +24,7 @@ from kafka.errors import (
     OffsetOutOfRangeError,
 )
 
-import config
-from config import NoOffsetForPartitionError, Settings, TransactionMarker
+from config import NoOffsetForPartitionError, Settings, TransactionMarker, is_marker
 from kafka_consumer import Monitor, Sink, Stats, TopicState
 
 TOPIC = "test"
@@ -282,7 +281,7 @@ class Client:
             while self.fetched[tp] and room and size < self.bytes_at_most:
                 record = self.broker.record(tp, self.fetched[tp].pop(0))
                 self.at[tp] = record.offset + 1
-                if self.leaves_out_markers and config.is_marker(record):
+                if self.leaves_out_markers and is_marker(record):
                     continue
                 records.append(record)
                 room -= 1

@@ -739,21 +739,16 @@ print(stop.requested, file=open(sys.argv[1], "w"))
     assert answer.read_text() == "True\n"
 
 
+def writing(code):
+    """A process that logs as a script does, its output in pipes."""
+    start = "import config\nconfig.setup_logging(config.Settings.from_env({}))\n"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", start + code], cwd=HERE, **pipes)
+
+
 def test_that_the_reader_has_left_is_said():
-    code = (
-        "import config\n"
-        "config.setup_logging(config.Settings.from_env({}))\n"
-        "stop = config.Stop()\n"
-        "while not stop.requested:\n"
-        "    config.output.info('line')\n"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=HERE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    code = "stop = config.Stop()\nwhile not stop.requested:\n    config.output.info('line')\n"
+    with writing(code) as process:
         process.stdout.readline()
         process.stdout.close()
         assert "WARNING what read this script's output has left" in process.stderr.read()
@@ -773,20 +768,12 @@ def test_a_full_disk_under_the_records_is_no_reason_to_stop(logs, monkeypatch):
 
 
 def test_lines_that_nobody_reads_are_said_and_when_they_are_read_again():
-    script = (
-        "import config\n"
-        "config.setup_logging(config.Settings.from_env({}))\n"
+    code = (
         "for number in range(200):\n"
         "    config.output.info('%d' + ' ' * 1000, number)\n"
         "import time; time.sleep(20)\n"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", script],
-        cwd=config.HERE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    with writing(code) as process:
         said = process.stderr.readline()  # while nobody reads what is beyond the pipe's 64 kB
         assert "what reads this script's output does not go on" in said
         for _ in range(200):

@@ -167,11 +167,11 @@ def test_nothing_can_be_kept_without_apache_kafka(
 def test_a_folder_with_a_comma_is_refused(
     run: Callable[..., Script], stack_env: dict[str, str], tmp_path: Path
 ) -> None:
+    (tmp_path / "c,d").mkdir()
     for args, env in (
         ([f"--keep={tmp_path / 'a,b'}"], stack_env),
         ([], stack_env | {"TMPDIR": str(tmp_path / "c,d")}),
     ):
-        (tmp_path / "c,d").mkdir(exist_ok=True)
         script = run("infra/local_stack.py", "--port=0", "--s3-port=0", *args, env=env)
         assert script.wait() == 1
         assert "a comma separates folders for Kafka; take another" in script.stderr
