@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 
 import pytest
-from confluent_kafka import Consumer, ConsumerGroupTopicPartitions
+from confluent_kafka import Consumer
 from confluent_kafka.admin import AdminClient, NewPartitions
-from helpers import committed, delete_records, members, produce, until, until_done
+from helpers import committed, delete_records, members, positions, produce, until, until_done
 
 pytestmark = [pytest.mark.real, pytest.mark.detail]
 
@@ -104,12 +104,9 @@ def test_two_consumers_started_at_once_with_latest_both_begin_at_the_end(
 # ------------------------------------------------------------------------- what was lost
 
 
-def metadata(bootstrap: str, group: str, topic: str) -> str:
+def note(bootstrap: str, group: str, topic: str) -> str:
     """The text beside the group's committed position of partition 0."""
-    admin = AdminClient({"bootstrap.servers": bootstrap})
-    answer = admin.list_consumer_group_offsets([ConsumerGroupTopicPartitions(group)])[group]
-    places = answer.result(10).topic_partitions
-    return next((p.metadata or "" for p in places if (p.topic, p.partition) == (topic, 0)), "")
+    return positions(bootstrap, group, topic)[0].metadata
 
 
 def test_what_retention_removed_unwritten_stays_with_the_committed_position(
@@ -119,15 +116,15 @@ def test_what_retention_removed_unwritten_stays_with_the_committed_position(
     group = env["KAFKA_GROUP_ID"]
     produce(kafka.bootstrap, topic, numbered(0, 30))
     assert run("kafka_consumer.py", "--max-messages", "10", env=env).wait() == 0
-    assert "lost" not in metadata(kafka.bootstrap, group, topic)
+    assert "lost" not in note(kafka.bootstrap, group, topic)
     delete_records(kafka.bootstrap, topic, before=20)
     script = run("kafka_consumer.py", "--max-messages", "5", env=env)
     assert script.wait() == 0
-    assert re.search(r"lost 10-19\b", metadata(kafka.bootstrap, group, topic))
+    assert re.search(r"lost 10-19\b", note(kafka.bootstrap, group, topic))
     again = run("kafka_consumer.py", "--max-messages", "5", env=env)
     assert again.wait() == 0
     assert committed(kafka.bootstrap, group, topic) == {0: 30}
-    assert re.search(r"lost 10-19\b", metadata(kafka.bootstrap, group, topic))
+    assert re.search(r"lost 10-19\b", note(kafka.bootstrap, group, topic))
 
 
 @pytest.mark.parametrize("frozen", [0.5, pytest.param(12, marks=pytest.mark.slow)])
