@@ -11,6 +11,7 @@ from hashlib import md5, sha256
 from types import SimpleNamespace
 
 import pytest
+from aiohttp import web
 from hypothesis import HealthCheck, given
 from hypothesis import settings as with_settings
 from hypothesis import strategies as st
@@ -19,7 +20,7 @@ from kafka.record import MemoryRecords
 from kafka.record.default_records import DefaultRecordBatchBuilder
 
 from config import Failure, KafkaClient, Settings, TransactionMarker, is_marker, output
-from infra.audit import NAME, Audit, Ledger, Seal, Verify, digest, lost_ranges
+from infra.audit import NAME, Audit, Ledger, Seal, Verify, digest, lost_ranges, open_bucket
 from kafka_consumer import object_name
 from tests.fakes import Record
 
@@ -913,3 +914,47 @@ def test_any_history_is_sealed_and_verified_and_any_tampering_is_found(audited, 
         assert audited.verify(root)[0] == 1, key
     except Failure as error:  # it was the only seal
         assert "no seals" in str(error), key
+
+
+# ------------------------------------------------------------------------------------ the listing
+
+
+def last_modified(monkeypatch, text):
+    """What the audit takes a time for that a server says in its listing."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    monkeypatch.setattr("infra.audit.ATTEMPTS", 1)
+    space = "http://s3.amazonaws.com/doc/2006-03-01/"
+    entry = f"<Contents><Key>k</Key><LastModified>{text}</LastModified></Contents>"
+    page = f"<IsTruncated>false</IsTruncated>{entry}"
+    page = f'<ListBucketResult xmlns="{space}">{page}</ListBucketResult>'
+
+    async def answer(request):
+        return web.Response(text=page, content_type="application/xml")
+
+    async def listed():
+        runner = web.ServerRunner(web.Server(answer))
+        await runner.setup()
+        try:
+            await web.TCPSite(runner, "127.0.0.1", 0).start()
+            url = "http://{}:{}".format(*runner.addresses[0])
+            async with open_bucket(some_settings(S3_ENDPOINT_URL=url)) as bucket:
+                return [entry async for entries in bucket.pages() for entry in entries]
+        finally:
+            await runner.cleanup()
+
+    (found,) = asyncio.run(listed())
+    return found["LastModified"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["2026-11-29T14:00:00.000Z", "2026-11-29T14:00:00", "Sun, 29 Nov 2026 14:00:00 GMT"],
+)
+def test_a_time_of_the_listing_is_one_of_utc(monkeypatch, text):
+    assert last_modified(monkeypatch, text) == datetime(2026, 11, 29, 14, tzinfo=UTC)
+
+
+def test_a_listing_with_a_time_that_is_none_is_a_failure(monkeypatch):
+    with pytest.raises(Failure, match=r"S3_BUCKET=bucket at http://.*yesterday"):
+        last_modified(monkeypatch, "yesterday")
