@@ -1173,9 +1173,7 @@ class Sink(ConsumerRebalanceListener):
                 log.info(text, *tp, group, positions[tp], prefix or "(empty)")
             self.partitions[tp] = partition
             self.last_committed[tp] = positions[tp]
-        if (
-            new - positions.keys()
-        ):  # their leader does not answer, or another member has to pin them
+        if new - positions.keys():  # a leader does not answer, or another member has to pin them
             self.state_wanted_at = self.clock()
 
     def pin_first_positions(
