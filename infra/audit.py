@@ -573,7 +573,7 @@ class Sealed(Ledger):
     def __init__(self, key: str, seal: Seal, head: str) -> None:
         runs = [run for run in seal.runs() if run[1] != "r"]
         super().__init__(runs[0][0], seal.last + 1, seal.last + 1)
-        self.key, self.partition, self.head = key, seal.partition, head
+        self.key, self.partition, self.first, self.head = key, seal.partition, seal.first, head
         self.time = datetime.fromisoformat(seal.time)
         taken = 0
         for first, letter, count in runs:
@@ -691,7 +691,9 @@ class Proof:
         hash of the last seal that it had then. The last one is the present root."""
         heads: dict[int, str] = {}
         roots = {}
-        for moment, seals in groupby(sorted(self.heads), key=itemgetter(0)):
+        # The seals of a partition that were made at one time stay in their order.
+        by_time = sorted(self.heads, key=itemgetter(0))
+        for moment, seals in groupby(by_time, key=itemgetter(0)):
             heads |= {partition: head for _, partition, head in seals}
             lines = "".join(f"{partition} {heads[partition]}\n" for partition in sorted(heads))
             roots[sha256(lines.encode()).hexdigest()] = moment
@@ -851,6 +853,11 @@ class Verify(Proof):
         parts = [part for parts in self.sealed.values() for part in parts]
         await self.read_bucket(sum(part.marks.count(Ledger.RECORD) for part in parts))
         self.report_sealed()
+        for part in parts:
+            if removed := part.begin - part.first:
+                text = "not sealed: %s/%d offsets %d to %d, which retention had removed before"
+                output.info(text, self.topic, part.partition, part.first, part.begin - 1)
+                self.counts["removed before they were sealed"] += removed
         for partition, chain in sorted(self.chains.items()):
             if chain.key:
                 text = "checked %s/%d: sealed up to offset %d, %s"
@@ -882,6 +889,7 @@ class Audit(Proof):
         self.topic, self.consumer, self.sealing = settings.kafka_topic, consumer, sealing
         self.topics = Topics(consumer, self.progress)
         self.ledgers: dict[int, Ledger] = {}
+        self.positions: dict[int, int] = {}  # the group's, by partition
         self.after_end: dict[str, tuple[int, int]] = {}  # objects past what was the topic's end
         self.lost: dict[int, list[tuple[int, int]]] = {}
         self.found: set[tuple[int, int]] = set()  # of what was said to be lost
@@ -924,10 +932,12 @@ class Audit(Proof):
             if position > ends[tp]:
                 text = f"{topic}/{tp.partition}: committed {position}, but the end is {ends[tp]}"
                 self.problem("missing", text, position - ends[tp])
-            until = min(position, ends[tp])
+            until = self.positions[tp.partition] = min(position, ends[tp])
             seal_from = unsealed.get(tp.partition, 0) if self.sealing else None
             self.ledgers[tp.partition] = Ledger(begins[tp], until, ends[tp], seal_from)
             self.lost[tp.partition] = lost_ranges(known.metadata) if known else []
+            if known and until < begins[tp]:  # the consumer was away for longer than retention
+                self.lost[tp.partition].append((until, begins[tp] - 1))
 
     def read_topic(self) -> None:
         ledgers = self.ledgers.items()
@@ -937,7 +947,11 @@ class Audit(Proof):
 
     def read_letters(self) -> None:
         """Mark the records that are in the dead letter topic, with their bytes."""
-        tps = self.topics.partitions(self.settings.kafka_dlq_topic)
+        name = self.settings.kafka_dlq_topic
+        tps = self.topics.partitions(name)
+        if not tps:
+            text = "KAFKA_DLQ_TOPIC=%s does not exist, or this user may not see it: no dead letters"
+            log.warning(text, name)
         begins, ends = self.consumer.beginning_offsets(tps), self.consumer.end_offsets(tps)
         for letter in self.topics.read({tp: (begins[tp], ends[tp]) for tp in tps}):
             headers = dict(letter.headers)
@@ -1050,10 +1064,11 @@ class Audit(Proof):
         if chain and chain.key and chain.next < ledger.begin:
             text = "not sealed: %s/%d offsets %d to %d, which retention has removed"
             output.info(text, self.topic, partition, chain.next, ledger.begin - 1)
+        gone = (Ledger.UNKNOWN, Ledger.KEPT, Ledger.EMPTY)
         output.info(
             "checked %s/%d: %d records, offsets %d up to the committed position %d (end %d)",
-            *(self.topic, partition, len(ledger.marks) - ledger.marks.count(Ledger.UNKNOWN)),
-            *(ledger.begin, ledger.until, ledger.end),
+            *(self.topic, partition, len(ledger.marks) - sum(map(ledger.marks.count, gone))),
+            *(ledger.begin, self.positions[partition], ledger.end),
         )
 
     def still_lost(self, partition: int) -> Iterator[tuple[int, int]]:

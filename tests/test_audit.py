@@ -202,7 +202,7 @@ class Sources:
         return TransactionMarker(b"\0\0\0\1") if marker else None
 
     def partitions_for_topic(self, topic):
-        return {0, 1, 2} if topic == "test" else {0}
+        return {"test": {0, 1, 2}, "error_topic": {0}}.get(topic)
 
     def beginning_offsets(self, tps):
         return {tp: self.audited.begins[tp.partition] if tp.topic == "test" else 0 for tp in tps}
@@ -401,6 +401,25 @@ def test_a_position_beyond_the_end_of_the_topic_is_a_problem(audited):
     code, said = audited.run()
     assert code == 1
     assert said.endswith(": 5 missing")
+
+
+def test_what_retention_removed_before_the_position_reached_it_is_lost(audited):
+    """The consumer was away, and has not been started since: it could not note it."""
+    for name in [name for name in audited.objects if name.startswith("raw/stock_market_")]:
+        del audited.objects[name]
+    audited.objects |= {f"raw/stock_market_{n}.json": audited.values[0][n] for n in (12, 16)}
+    audited.committed[0], audited.begins[0] = 12, 18
+    code, said = audited.run()
+    assert code == 1
+    assert "LOST: test/0 offsets 13 to 15" in said and "LOST: test/0 offsets 17 to 17" in said
+    assert "checked test/0: 0 records, offsets 18 up to the committed position 12 (end 20)" in said
+    assert said.endswith(": 4 lost")
+
+
+def test_a_dead_letter_topic_that_is_not_there_is_named(audited, caplog):
+    audited.settings = replace(audited.settings, kafka_dlq_topic="eror_topic")
+    assert audited.run()[0] == 1
+    assert "KAFKA_DLQ_TOPIC=eror_topic does not exist" in caplog.text
 
 
 def test_without_a_committed_position_there_is_nothing_to_audit(audited):
@@ -608,6 +627,8 @@ def test_what_retention_removed_before_it_was_sealed_is_said_in_the_seal(sealed)
     assert (seal["kinds"], seal["removed"], seal["objects"]) == ("10r5o", 10, 5)
     code, said = sealed.verify()
     assert code == 0
+    assert "not sealed: test/0 offsets 20 to 29, which retention had removed before" in said
+    assert "10 removed before they were sealed" in said
     assert "2 objects that no seal covers" in said
 
 
@@ -829,6 +850,21 @@ def test_the_last_seal_may_not_be_removed_or_replaced_where_its_root_is_kept(sea
         assert code == 1
         assert f"BROKEN: {sealed.root} is no root of the seals that are here" in said
         sealed.objects = kept
+
+
+def test_the_last_of_many_seals_of_one_run_may_not_be_removed(audited, monkeypatch):
+    monkeypatch.setattr("infra.audit.SEAL_SIZE", 2)
+    code, said = audited.seal()
+    assert code == 0
+    root = re.search("root ([0-9a-f]{64})", said)[1]
+    seals = [key for key in audited.objects if "_seals/partition=0/" in key]
+    seals.sort(key=lambda key: int(re.search("([0-9]+)-", key)[1]))
+    assert len(seals) == 8
+    for last in reversed(seals[1:]):
+        del audited.objects[last]
+        code, said = audited.verify(root)
+        assert code == 1, last
+        assert f"BROKEN: {root} is no root of the seals that are here" in said
 
 
 @pytest.mark.parametrize(
