@@ -168,10 +168,12 @@ class Column:
 
     def learn(self, cells: list[str], row: int) -> None:
         """Take more cells into account; the first of them is in row `row`."""
-        self.filled += len(cells) - sum(map(MISSING.__contains__, cells))
         if _JSON_NUMBERS.fullmatch("\0".join([*cells, ""])):
+            self.filled += len(cells)
             return
         self.as_it_stands = False
+        missing = {cell for cell in set(cells) if cell.strip() in MISSING}
+        self.filled += len(cells) - sum(map(missing.__contains__, cells))
         words = {cell for cell in set(cells) if number_json(cell) is None}
         others = [at for at, cell in enumerate(cells) if cell in words]
         if others and not self.others:
@@ -266,9 +268,18 @@ def chunks(path: Path) -> Iterator[pd.DataFrame]:
                 status(log, "reading %s: %d rows", path.name, number * CHUNK)
 
 
-def read_table(path: Path) -> tuple[list[Any], dict[str, Column], list[int]]:
-    """The rows, each as its cells with NULs between; the columns, by the names that pandas gives;
-    the lines of the short rows. Raises SettingsError for a file that is no such CSV."""
+def stamp(path: Path) -> tuple[int, ...]:
+    """What is another when a file was written or replaced; empty when it is gone."""
+    with suppress(OSError):
+        status = path.stat()
+        return status.st_ino, status.st_size, status.st_mtime_ns
+    return ()
+
+
+def read_table(path: Path) -> tuple[list[Any], dict[str, Column]]:
+    """The rows, each as its cells with NULs between; the columns, by the names that pandas gives.
+    Raises SettingsError for a file that is no such CSV."""
+    before = stamp(path)
     try:
         short = check_records(path)
         rows: list[Any] = []
@@ -278,12 +289,15 @@ def read_table(path: Path) -> tuple[list[Any], dict[str, Column], list[int]]:
             for name, some in cells.items():
                 columns[name].learn(some, len(rows))
             rows += map("\0".join, zip(*cells.values(), strict=True))
-        return rows, columns, short
+        warn_of_oddities(path, columns, short)
+        return rows, columns
     except SettingsError:
         raise
     except UnicodeDecodeError as error:
         raise wrong(path, f"cannot be read as UTF-16 ({error.reason}): save it as UTF-8") from None
     except Exception as error:  # each decompressor has errors of its own
+        if stamp(path) != before:
+            raise wrong(path, "was replaced or written while it was read: start again") from None
         with suppress(OSError), path.open("rb") as file:
             check_kind(path, file.read(1000).decode("latin-1"))
         hint = "is it damaged or cut short, or an archive of several files? Fetch or unpack it"
@@ -299,11 +313,10 @@ def read_rows(path: Path, key_column: str = "") -> list[Row]:
     """
     if not path.is_file():
         raise wrong(path, "is no file (a folder, or a pipe)")
-    table, columns, short = read_table(path)
+    table, columns = read_table(path)
     if key_column and key_column not in columns:
         only = f"CSV_PATH={str(path)!r} has only {', '.join(map(repr, columns))}"
         raise SettingsError(f"KAFKA_KEY_COLUMN={key_column!r}: {only}")
-    warn_of_oddities(path, columns, short)
     make = row_maker(columns, key_column)
     for at, row in enumerate(table):  # in place, or the file would be in memory twice
         table[at] = make(row)
@@ -344,7 +357,9 @@ def key_of(value: bytes, field: str) -> bytes | None:
 def read_lines(stream: IO[bytes], key_field: str, rows: queue.Queue[Row]) -> None:
     """Put each line into `rows` as (key, value), without its line end; blank lines are left out.
     Raises BadInput for a line that is no JSON object."""
-    for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE), b""), 1):
+    for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE + 1), b""), 1):
+        if len(line) > MAX_LINE:
+            raise BadInput(f"--stdin: line {number} has more than {MAX_LINE} bytes")
         value = line.removesuffix(b"\n").removesuffix(b"\r")
         if number == 1:
             value = value.removeprefix(codecs.BOM_UTF8)  # PowerShell begins a pipe with it
@@ -381,6 +396,7 @@ def json_lines(stream: IO[bytes], key_field: str) -> Iterator[Row | None]:
 GONE_AFTER = 8.0  # s without an answer after which the partition itself is doubted
 PRINTED_RATE = 100  # msg/s up to which every record is waited for and printed
 MAX_UNACKNOWLEDGED = 5_000  # records under way at most: what is in memory when the broker is down
+MAX_BYTES = 2**25  # of them, above which no more is handed over; one record at least
 
 
 @dataclass
@@ -396,7 +412,7 @@ class Sender:
     def __post_init__(self) -> None:
         self.printing = 0 < self.rate <= PRINTED_RATE
         self.line: deque[tuple[Row, Any]] = deque()
-        self.sent = self.failed = self.reported_sent = 0
+        self.sent = self.failed = self.reported_sent = self.bytes = 0
         self.last_success = 0.0
         self.started = self.reported_at = self.answered_at = self.clock()
         self.notices = config.Notices(self.clock)
@@ -424,6 +440,7 @@ class Sender:
         except Exception as error:
             raise self.refusal(error, row) from None
         self.line.append((row, future))
+        self.bytes += len(row[1])
         return True
 
     def settle(self, timeout: float) -> None:
@@ -441,6 +458,7 @@ class Sender:
                 raise self.refusal(error, row) from None
             timeout = 0
             self.line.popleft()
+            self.bytes -= len(row[1])
             self.sent += 1
             self.answered_at, self.last_success = self.clock(), time.time()
             if self.printing:
@@ -516,7 +534,7 @@ def step(sender: Sender, row: Row | None, sleep: Callable[[float], None] = time.
         sender.settle(0.05)
         return True
     most = 1 if sender.printing else MAX_UNACKNOWLEDGED
-    if wait <= 0 and len(sender.line) < most:
+    if wait <= 0 and len(sender.line) < most and sender.bytes < MAX_BYTES:
         return sender.submit(row)
     pause = min(wait, 0.5) if wait > 0 else 0.5
     if not sender.line:

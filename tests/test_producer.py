@@ -28,6 +28,7 @@ import kafka_producer
 from config import Failure, SettingsError
 from kafka_producer import (
     CHUNK,
+    MAX_BYTES,
     MAX_UNACKNOWLEDGED,
     PRINTED_RATE,
     Sender,
@@ -529,6 +530,18 @@ def test_as_fast_as_possible_the_unacknowledged_are_bounded_and_nothing_is_dropp
     assert broker.stored == many
 
 
+def test_large_records_that_are_unacknowledged_are_bounded_in_bytes(clock):
+    broker = Broker(clock, latency=5)
+    sender, most = Sender(broker, "test", 0, clock), 0
+    row = (None, bytes(MAX_BYTES // 8))
+    while sender.submitted < 50:
+        step(sender, row, clock.sleep)
+        most = max(most, sender.unacknowledged)
+    assert most == 8
+    run(sender, iter([(None, bytes(2 * MAX_BYTES))]), math.inf, GO)
+    assert (sender.sent, sender.bytes) == (51, 0)
+
+
 def test_the_run_ends_when_as_many_as_asked_are_acknowledged(clock, broker):
     sender = Sender(broker, "test", 0, clock)
     run(sender, sample(ABC, 1), 250, GO)
@@ -768,6 +781,13 @@ def test_a_line_that_is_no_object_is_named_with_its_number(piped, line):
     assert len(str(caught.value)) < 400
 
 
+def test_a_line_that_is_too_long_is_named_with_the_limit(piped, monkeypatch):
+    monkeypatch.setattr("kafka_producer.MAX_LINE", 10)
+    assert piped(b'{"a": 12}\n') == [(None, b'{"a": 12}')]
+    with pytest.raises(Failure, match="--stdin: line 2 has more than 10 bytes"):
+        piped(b"{}\n", b'{"a": 1234}\n')
+
+
 def test_a_bad_line_ends_the_run_after_all_before_it_are_acknowledged(clock):
     broker = Broker(clock, latency=30)
     good = [b'{"n":%d}' % number for number in range(5)]
@@ -876,6 +896,30 @@ def test_cells_of_blanks_in_quotes_are_lines_like_others(tmp_path, lines, conten
     path.write_text(content)
     read_rows(path)
     assert any(f"the first 'x' in line {line}" in said for said in lines())
+
+
+def test_cells_of_blanks_make_no_column_of_numbers(tmp_path, lines):
+    path = tmp_path / "blanks.csv"
+    path.write_text('a,b\nx,1\n"  ",2\n" ",3\n')
+    assert [value for _, value in read_rows(path)][1] == b'{"a": "  ", "b": 2}'
+    assert lines() == []
+
+
+@pytest.mark.parametrize("now", [None, "x,y\n1,2\n", ""])
+def test_a_file_that_is_replaced_while_it_is_read_is_said(tmp_path, monkeypatch, now):
+    path = tmp_path / "rows.csv"
+    path.write_text("a,b,c\n" + "1,x,2\n" * 9)
+    chunks = kafka_producer.chunks
+
+    def replaced(path):
+        yield from chunks(path)
+        path.unlink()
+        if now is not None:
+            path.write_text(now)
+
+    monkeypatch.setattr(kafka_producer, "chunks", replaced)
+    with pytest.raises(SettingsError, match="was replaced or written while it was read"):
+        read_rows(path)
 
 
 def test_an_archive_of_several_files_is_said_as_that(tmp_path):
