@@ -715,7 +715,8 @@ class Monitor:
             return {"the topic is there": config.Problem(text)}
         for tp in sink.assigned:
             partition = sink.partitions.get(tp)
-            why = (state.problems.get(tp) if state else "") or (partition and partition.stalled)
+            why = state.problems.get(tp) if state else ""
+            why = why or (partition.stalled if partition else sink.waits_for_position(now))
             if why:
                 at = f" at {partition.position}" if partition else ""
                 text = f"{topic}/{tp.partition} stands still{at}: {why}; the others go on"
@@ -827,6 +828,7 @@ class Sink(ConsumerRebalanceListener):
     polled_at: float = -math.inf
     stepped_at: float = math.inf
     waits_since: float = math.inf  # for a partition
+    unpinned_since: float = math.inf  # partitions are assigned for which another member has to pin
     called_at: float = math.inf  # the Kafka client, which has not come back since
     assigned: frozenset[TopicPartition] = frozenset()
 
@@ -1173,7 +1175,10 @@ class Sink(ConsumerRebalanceListener):
                 log.info(text, *tp, group, positions[tp], prefix or "(empty)")
             self.partitions[tp] = partition
             self.last_committed[tp] = positions[tp]
-        if new - positions.keys():  # a leader does not answer, or another member has to pin them
+        self.unpinned_since = min(self.unpinned_since, self.clock())
+        if new <= positions.keys():
+            self.unpinned_since = math.inf
+        else:  # a leader does not answer, or another member has to pin them
             self.state_wanted_at = self.clock()
 
     def pin_first_positions(
@@ -1296,6 +1301,7 @@ class Sink(ConsumerRebalanceListener):
         for tp in assigned:
             self.consumer.seek(tp, 0)  # else the client looks for a position of its own
         self.waits_since, self.assigned = self.clock(), frozenset(assigned)
+        self.unpinned_since = math.inf
         if not self.assigned:  # what fails is others' to say, and its end too
             self.failing, self.notices = {}, config.Notices(self.clock)
         # What others commit on a partition that was ours may be below what we did.
@@ -1320,6 +1326,16 @@ class Sink(ConsumerRebalanceListener):
         return (
             f"waiting for group {group} to share out its partitions: a member that was killed is"
             f" missed after {SESSION_MS / 1000:.0f} s"
+        )
+
+    def waits_for_position(self, now: float) -> str:
+        """Why a partition that is assigned is not begun; "" when that is about to happen."""
+        if now - self.unpinned_since < 5:
+            return ""
+        return (
+            f"group {self.settings.kafka_group_id} has no position on it, and the member that has"
+            " the first such partition, and has to commit one for all, does not: is another program"
+            " in the group? Take another KAFKA_GROUP_ID"
         )
 
     def drain(self, seconds: float) -> None:

@@ -328,6 +328,17 @@ def test_who_does_not_own_the_first_partition_waits_until_its_owner_has_pinned(s
     assert uploads.submitted == [(1, 38), (1, 39)]
 
 
+def test_a_partition_that_another_program_does_not_pin_is_said(sinks, clock, lines):
+    sink, topic, _uploads = sinks(30, 40)
+    sink.consumer.next = [1]
+    stepping(sink, clock, 12)
+    said = [line for line in lines() if line.startswith("test/1 stands still: group ")]
+    assert len(said) == 1 and "has no position on it" in said[0] and "another program" in said[0]
+    topic.group = {TP: 30, TP1: 38}
+    stepping(sink, clock, 3)
+    assert any(line.startswith("test/1 moves again after") for line in lines())
+
+
 def test_what_another_member_has_not_pinned_yet_keeps_no_partition_waiting(sinks, clock):
     sink, topic, uploads = sinks(30, 40, group={TP1: 38})
     sink.consumer.next = [1]
