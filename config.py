@@ -110,6 +110,7 @@ HINTS = {
     "MessageSizeTooLargeError": "raise max.message.bytes of this topic",
     "InvalidRegionError": "see AWS_DEFAULT_REGION",
     "NoSuchBucket": "create it, or correct S3_BUCKET",
+    "InvalidBucketName": "correct S3_BUCKET: lower-case letters, digits, '.' and '-'",
     "RequestTimeTooSkewed": "set this machine's clock",
     "ResponseParserError": NOT_S3,
     "InvalidObjectState": "it is in an archive (Glacier): restore it, or change S3_PREFIX",
@@ -209,9 +210,16 @@ def _servers(text: str) -> tuple[str, ...]:
     return servers
 
 
+# As botocore wants it: no underscore, no dash at an end.
+_S3_HOST = r"((?!-)[a-z0-9-]{1,63}(?<!-)\.)*(?!-)[a-z0-9-]{1,63}(?<!-)\.?"
+
+
 def _url(text: str) -> str:
     url = urlsplit(text)
-    if url.scheme not in ("http", "https") or not url.hostname or url.port == 0:
+    host = url.hostname or ""
+    named = re.fullmatch(_S3_HOST, host) or ":" in host  # an IPv6 address, which urlsplit checks
+    more = url.query or url.fragment
+    if url.scheme not in ("http", "https") or not named or url.port == 0 or more:
         raise ValueError("must be an address such as http://localhost:9000, or empty: AWS")
     if "@" in url.netloc:
         raise ValueError("must hold no user and password: AWS_ACCESS_KEY_ID is for that")
@@ -237,7 +245,7 @@ _topic = _matching(
     "must be a topic name: letters, digits, '.', '_' and '-', at most 249",
 )
 _path = _matching("(?s).+", "must name a file", lambda text: HERE / os.path.expanduser(text))
-_group = _matching(r"\S(.*\S)?", "must not be empty")
+_group = _matching(r"\S(.{0,253}\S)?", "must not be empty, and have at most 255 characters")
 _bucket = _matching(
     r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]",
     "must be the bucket's name alone, without s3:// and without a path (see S3_PREFIX)",
@@ -386,7 +394,7 @@ def _line_problems(line: Binding) -> Iterator[str]:
     settings = [each.name.upper() for each in fields(Settings)]
     ours = name.upper().startswith(("KAFKA_", "S3_"))
     close = difflib.get_close_matches(name.upper(), settings, 1, 0.78 if ours else 0.9)
-    if line.error or value is None or "\0" in value:
+    if line.error or value is None or "\0" in value or re.search("[=\0]", name):
         yield f"line {number}: must be NAME=value, with no quotes or a pair of them"
     elif set(re.findall(r"[\x00-\x1f]", value)) - set(text.strip()):
         yield f"{where}: in double quotes a backslash makes a control character; use single quotes"
@@ -515,7 +523,8 @@ class _Stream(logging.StreamHandler):
         error = sys.exc_info()[1]
         if isinstance(error, BrokenPipeError):  # `| head`: the reader has left, so stop
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-            if callable(signal.getsignal(signal.SIGTERM)):  # not stopping yet
+            handler = signal.getsignal(signal.SIGTERM)
+            if callable(handler) and handler is not _end_at_once:  # not stopping yet
                 signal.raise_signal(signal.SIGTERM)
                 log.warning("what read this script's output has left, so it ends")
         elif not isinstance(error, OSError):  # a full disk is no reason to stop moving records
@@ -850,8 +859,8 @@ def _unreadable(tp: TopicPartition, offset: int, error: Exception) -> Unreadable
     return Unreadable(
         f"the record at {tp.topic}/{tp.partition}/{offset} cannot be read: {explain(error)}{hint};"
         f" nothing from it on is committed. To go on without it: stop the group and"
-        f" kafka-consumer-groups.sh --reset-offsets --topic {tp.topic}:{tp.partition}"
-        f" --to-offset {offset + 1} --execute"
+        f" kafka-consumer-groups.sh --group KAFKA_GROUP_ID --reset-offsets"
+        f" --topic {tp.topic}:{tp.partition} --to-offset {offset + 1} --execute"
     )
 
 
@@ -971,6 +980,13 @@ def check_kafka(settings: Settings) -> set[str]:
 # ---------------------------------------------------------------------------- starting, stopping
 
 
+def _end_at_once(signum: int, frame: object) -> None:
+    """As if nobody had listened. (Where the default is set earlier, a signal that has come by then
+    and was not seen is lost with a traceback.)"""
+    signal.signal(signum, signal.SIG_DFL)
+    signal.raise_signal(signum)
+
+
 class Stop:
     """`requested` turns true at the first Ctrl-C or SIGTERM; the second ends the process."""
 
@@ -997,7 +1013,7 @@ class Stop:
     def _handle(self, signum: int, frame: object) -> None:
         self.requested = True
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, _end_at_once)
 
     def _thread_died(self, args: threading.ExceptHookArgs) -> None:
         what = f"the thread {getattr(args.thread, 'name', '?')} ended unexpectedly"

@@ -117,6 +117,8 @@ def test_the_example_file_names_every_setting_once_and_is_valid():
         ("S3_PREFIX", "raw/2026/", "raw/2026/"),
         ("S3_PREFIX", "ünïcode ~'()/", "ünïcode ~'()/"),
         ("S3_ENDPOINT_URL", "https://minio.local:9000/", "https://minio.local:9000/"),
+        ("S3_ENDPOINT_URL", "http://[::1]:9000", "http://[::1]:9000"),
+        ("S3_ENDPOINT_URL", "http://s3-1.LOCAL.:80/a", "http://s3-1.local.:80/a"),
         ("S3_MAX_CONCURRENCY", "1", 1),
         ("LOG_LEVEL", "DEBUG", "DEBUG"),
         ("LOG_LEVEL", "info", "INFO"),
@@ -138,7 +140,7 @@ def test_a_setting_is_read_as(name, text, value):
             f"|a..b:9092|{'x' * 64}:9092|ü:9092|u@h:1|kafka://host:9092|host:9092/".split("|"),
         ),
         ("KAFKA_TOPIC", ["", ".", "..", "a b", "a/b", "ü", "x" * 250, "a\n"]),
-        ("KAFKA_GROUP_ID", ["", " "]),
+        ("KAFKA_GROUP_ID", ["", " ", "x" * 256]),
         ("KAFKA_AUTO_OFFSET_RESET", ["", "none", "Late"]),
         ("KAFKA_API_VERSION", ["2", "two", "2.8.1.0", "2.8.x", "2." + "9" * 5000, "0.10.2"]),
         ("KAFKA_REQUEST_TIMEOUT_MS", ["", "0", "1e4", "-1", "540000", "9" * 5000]),
@@ -155,6 +157,11 @@ def test_a_setting_is_read_as(name, text, value):
         ),
         ("S3_PREFIX", ["/a", "a//b", "../", "./", "a/../b", "a\\b", "a\nb", "a\x1b", "x" * 901]),
         ("S3_ENDPOINT_URL", ["localhost:9000", "ftp://h", "http://", "http://[", "http://h:99999"]),
+        (
+            "S3_ENDPOINT_URL",
+            ["http://a b", "http://a..b", "http://-:1", "http://h?a=1", "http://h#a"],
+        ),
+        ("S3_ENDPOINT_URL", ["http://exämple.com", "http://under_score:9000"]),
         ("S3_MAX_CONCURRENCY", ["0", "-1", "x", "10001"]),
         ("LOG_LEVEL", ["", "TRACE"]),
         ("LOG_FORMAT", ["", "xml"]),
@@ -356,6 +363,12 @@ def test_what_double_quotes_would_turn_into_control_characters_is_refused_by_nam
 def test_backslashes_elsewhere_are_taken_as_they_stand(dotenv):
     found = dotenv("A=C:\\new\\table\nB='p\\nq'\nC=\"C:\\Users\"\n")
     assert [found[name] for name in "ABC"] == ["C:\\new\\table", "p\\nq", "C:\\Users"]
+
+
+@pytest.mark.parametrize("line", ["'A=B'=c", "'A\0B'=c"])
+def test_a_name_that_no_variable_can_have_is_refused(dotenv, line):
+    with pytest.raises(SettingsError, match="line 2: must be NAME=value"):
+        dotenv(f"A=1\n{line}\n")
 
 
 def test_typographic_quotes_are_refused_by_name(dotenv):
@@ -873,7 +886,7 @@ def signals():
 
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_asks_and_any_second_one_ends(signals, first):
+def test_the_first_signal_asks_and_any_second_one_ends(signals, monkeypatch, first):
     class Unwatched(config.Stop):
         def _watch(self):
             """Ends the process, and this one runs the other tests."""
@@ -882,7 +895,26 @@ def test_the_first_signal_asks_and_any_second_one_ends(signals, first):
     assert not stop.requested
     signal.raise_signal(first)
     assert stop.requested
-    assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    ends = []
+    monkeypatch.setattr(signal, "raise_signal", ends.append)
+    for second in (signal.SIGINT, signal.SIGTERM):
+        signal.getsignal(second)(second, None)
+        assert signal.getsignal(second) == signal.SIG_DFL
+    assert ends == [signal.SIGINT, signal.SIGTERM]
+
+
+def test_two_signals_at_once_end_a_script_without_a_traceback():
+    code = """
+import os, signal, config
+config.Stop()
+for signum in (signal.SIGTERM, signal.SIGINT):  # blocked, so that both are seen together
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signum])
+    os.kill(os.getpid(), signum)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM, signal.SIGINT])
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, timeout=60)
+    assert ended.returncode in (-signal.SIGINT, -signal.SIGTERM)
+    assert ended.stderr == b""
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "x", "", "1.5", "9" * 5000])
