@@ -1261,11 +1261,12 @@ class Sink(ConsumerRebalanceListener):
                 partition.moved_at, partition.stalled = now, ""
             elif not state.ends or now - partition.moved_at > STANDS_AFTER:
                 self.pause(tp, now + STANDS_PAUSE)
-                partition.stalled = (
-                    f"the broker gives no record, though there are some up to"
-                    f" {state.ends.get(tp, '?')}: it refuses the fetch, or has no leader for it"
-                    f"{config.last_words}; see the topic's compression.type and KAFKA_API_VERSION"
-                )
+                if tp in state.ends:  # else the topic, or its leader, is gone, and that is said
+                    partition.stalled = (
+                        f"the broker gives no record, though there are some up to {state.ends[tp]}:"
+                        f" it refuses the fetch, or has no leader for it{config.last_words}; see"
+                        " the topic's compression.type and KAFKA_API_VERSION"
+                    )
 
     # -- The group
 
