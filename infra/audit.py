@@ -244,7 +244,7 @@ class Folder:
                 for entry in entries:
                     if entry.is_dir():
                         yield from self.names(entry.path, f"{before}{entry.name}/")
-                    else:
+                    elif entry.is_file():  # a pipe would be waited for
                         yield before + entry.name
         except OSError as error:
             raise Failure(f"{folder}: {error.strerror or error}") from None

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import os
 import random
 import re
 from dataclasses import replace
@@ -20,7 +21,17 @@ from kafka.record import MemoryRecords
 from kafka.record.default_records import DefaultRecordBatchBuilder
 
 from config import Failure, KafkaClient, Settings, TransactionMarker, is_marker, output
-from infra.audit import NAME, Audit, Ledger, Seal, Verify, digest, lost_ranges, open_bucket
+from infra.audit import (
+    NAME,
+    Audit,
+    Folder,
+    Ledger,
+    Seal,
+    Verify,
+    digest,
+    lost_ranges,
+    open_bucket,
+)
 from kafka_consumer import object_name
 from tests.fakes import Record
 
@@ -953,6 +964,18 @@ def test_any_history_is_sealed_and_verified_and_any_tampering_is_found(audited, 
 
 
 # ------------------------------------------------------------------------------------ the listing
+
+
+def test_a_copy_in_a_folder_is_its_files(tmp_path):
+    (tmp_path / "partition=1").mkdir()
+    for name in ("stock_market_0.json", "partition=1/stock_market_2.json"):
+        (tmp_path / name).write_text("{}")
+    os.mkfifo(tmp_path / "stock_market_1.json")
+
+    async def names():
+        return [each["Key"] async for page in Folder(tmp_path).pages() for each in page]
+
+    assert set(asyncio.run(names())) == {"stock_market_0.json", "partition=1/stock_market_2.json"}
 
 
 def last_modified(monkeypatch, text):
