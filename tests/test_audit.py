@@ -871,6 +871,7 @@ def test_the_last_of_many_seals_of_one_run_may_not_be_removed(audited, monkeypat
     seals = [key for key in audited.objects if "_seals/partition=0/" in key]
     seals.sort(key=lambda key: int(re.search("([0-9]+)-", key)[1]))
     assert len(seals) == 8
+    assert audited.verify(root)[0] == 0
     for last in reversed(seals[1:]):
         del audited.objects[last]
         code, said = audited.verify(root)
