@@ -259,11 +259,13 @@ def produce(
     values: Iterable[bytes | None],
     partition: int | None = None,
     keys: Iterable[bytes | None] | None = None,
+    request_timeout_ms: int = 30_000,
 ) -> list[int]:
     """Send `values` as they are, acknowledged and in order; their offsets."""
     producer = KafkaProducer(
         bootstrap_servers=bootstrap,
         api_version=API_VERSION,
+        request_timeout_ms=request_timeout_ms,
         acks="all",
         retries=20,
         max_in_flight_requests_per_connection=1,
