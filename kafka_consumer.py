@@ -1175,10 +1175,10 @@ class Sink(ConsumerRebalanceListener):
                 log.info(text, *tp, group, positions[tp], prefix or "(empty)")
             self.partitions[tp] = partition
             self.last_committed[tp] = positions[tp]
-        self.unpinned_since = min(self.unpinned_since, self.clock())
         if new <= positions.keys():
             self.unpinned_since = math.inf
         else:  # a leader does not answer, or another member has to pin them
+            self.unpinned_since = min(self.unpinned_since, self.clock())
             self.state_wanted_at = self.clock()
 
     def pin_first_positions(

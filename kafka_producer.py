@@ -172,10 +172,9 @@ class Column:
             self.filled += len(cells)
             return
         self.as_it_stands = False
-        missing = {cell for cell in set(cells) if cell.strip() in MISSING}
-        self.filled += len(cells) - sum(map(missing.__contains__, cells))
-        words = {cell for cell in set(cells) if number_json(cell) is None}
-        others = [at for at, cell in enumerate(cells) if cell in words]
+        forms = {cell: number_json(cell) for cell in set(cells)}
+        self.filled += sum(forms[cell] != "null" for cell in cells)
+        others = [at for at, cell in enumerate(cells) if forms[cell] is None]
         if others and not self.others:
             self.first_other = (row + others[0], cells[others[0]])
         self.others += len(others)
