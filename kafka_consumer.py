@@ -1060,9 +1060,7 @@ class Sink(ConsumerRebalanceListener):
                 taken.what = f"topic {self.settings.kafka_dlq_topic}"
             self.stats.holds += hold is None
             self.uploads_allowed, self.link_is_slow = 1, isinstance(error, TimeoutError)
-            for waiting in chain.from_iterable(p.line for p in self.partitions.values()):
-                if waiting.attempt and waiting.attempt.cancel():  # it had no slot yet
-                    waiting.attempt = None
+            self.withdraw()
         if partition.hold is taken:
             taken.retry_at = now + taken.pause * random.uniform(0.5, 1)
             taken.pause = min(2 * taken.pause, MAX_PAUSE)
@@ -1285,6 +1283,7 @@ class Sink(ConsumerRebalanceListener):
         try:
             with suppress(Failure):  # whoever has the partition next meets it again
                 self.suspect()
+                self.leave_waiting()
                 self.drain(2)
                 self.wait_for_state(1)
                 if self.partitions and self.verify():
@@ -1339,6 +1338,20 @@ class Sink(ConsumerRebalanceListener):
             " in the group? Take another KAFKA_GROUP_ID"
         )
 
+    def withdraw(self) -> None:
+        """Take back the attempts that wait for a slot."""
+        for taken in chain.from_iterable(p.line for p in self.partitions.values()):
+            if taken.attempt and taken.attempt.cancel():
+                taken.attempt = None
+
+    def leave_waiting(self) -> None:
+        """Leave what has no attempt to whoever has the partition next: all that is in hand may
+        need more time than there is, and what is still under way then is sent again."""
+        self.withdraw()
+        for partition in self.partitions.values():
+            while partition.line and partition.line[-1].attempt is None:
+                partition.position = partition.line.pop().record.offset
+
     def drain(self, seconds: float) -> None:
         """Finish what is in hand; not while it fails. Raises Failure."""
         deadline = self.clock() + seconds
@@ -1369,15 +1382,17 @@ def run(sink: Sink, stop: config.Stop) -> None:
     Raises Failure.
     """
     stats = sink.stats
-    stop.under_way = lambda: f"{sink.in_hand()} uploads under way"
+    slots = sink.settings.s3_max_concurrency
+    stop.under_way = lambda: f"{min(sink.in_hand(), slots)} uploads under way"
     stop.farewell = lambda: f"; {stats.summary()}"
     try:
         while not stop.requested and stats.done < sink.limit:
             stop.check()
             sink.step()
+        sink.leave_waiting()
         sink.drain(2)
     except config.Unreadable:
-        sink.drain(2)  # what stands in front of it
+        sink.drain(2)  # all that stands in front of it: a reset of the group's position skips it
         raise
     finally:
         try:

@@ -752,6 +752,20 @@ def test_before_partitions_are_given_up_what_is_under_way_is_finished_and_commit
     assert len(uploads.submitted) == len(set(uploads.submitted))
 
 
+def test_when_partitions_are_given_up_what_waits_for_a_slot_is_left_to_the_next(sinks, clock):
+    sink, topic, uploads = sinks(500, takes=lambda record: 0.9)
+    uploads.slots = 64
+    stepping(sink, clock, 1.5)
+    assert sink.in_hand() > 3 * uploads.slots
+    before = clock()
+    rebalance(sink)
+    assert clock() - before < 1, "one round of uploads, not one after the other"
+    assert topic.group == {TP: len(uploads.submitted)}
+    rebalance(sink, 0)
+    stepping(sink, clock, 10)
+    assert len(uploads.submitted) == len(set(uploads.submitted)) == 500
+
+
 def test_giving_up_takes_two_seconds_at_most_and_late_outcomes_are_ignored(sinks, clock, lines):
     sink, topic, uploads = sinks(50, takes=lambda record: 10 if record.offset >= 20 else 0.01)
     stepping(sink, clock, 0.5)
@@ -1163,12 +1177,34 @@ def test_no_more_is_taken_than_was_asked_for(sinks, clock, limit):
 
 
 def test_a_stop_finishes_what_is_under_way_commits_and_closes(sinks, clock, lines):
-    sink, topic, _uploads = sinks(500, takes=lambda record: 1)
-    stepping(sink, clock, 0.5)
-    taken = sink.in_hand()
+    sink, topic, uploads = sinks(500, takes=lambda record: 1)
+    stepping(sink, clock, 1.5)
+    assert len(uploads.under_way) > 100
     run(sink, stopping())
-    assert topic.group == {TP: taken} and sink.consumer.closed
-    assert lines()[-1] == f"written {taken}, dead-lettered 0"
+    begun = len(uploads.submitted)
+    assert topic.group == {TP: begun} and sink.consumer.closed
+    assert lines()[-1] == f"written {begun}, dead-lettered 0"
+
+
+def test_a_stop_leaves_what_waits_for_a_slot_to_the_next_run(sinks, clock):
+    sink, topic, uploads = sinks(500, takes=lambda record: 0.9)
+    uploads.slots = 64
+    stepping(sink, clock, 1.5)
+    before = clock()
+    run(sink, stopping())
+    assert clock() - before < 1
+    assert topic.group == {TP: len(uploads.submitted)}
+
+
+def test_what_stands_before_an_unreadable_record_is_uploaded_whole(sinks, clock):
+    """The way past it is to set the group's position behind it: what is left here is lost."""
+    sink, topic, uploads = sinks(150, takes=lambda record: 0.5)
+    uploads.slots = 64
+    stepping(sink, clock, 0.3)
+    sink.consumer.errors["poll"] = [Unreadable("it cannot be read")]
+    with pytest.raises(Unreadable):
+        run(sink, stopping(False))
+    assert topic.group == {TP: 150}
 
 
 def test_a_stop_does_not_wait_for_s3_while_it_fails(sinks, clock):
