@@ -25,7 +25,7 @@ from local_stack import API_VERSION, ROOT
 from local_stack import free_port as free_port  # the tests import it from here
 
 
-def until(condition: Callable[[], Any], timeout: float = 30, what: str = "") -> Any:
+def until(condition: Callable[[], Any], timeout: float = 60, what: str = "") -> Any:
     """Poll `condition` until it is true; its value. AssertionError after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while not (value := condition()):
@@ -78,7 +78,7 @@ class Script:
         """The lines of one stream so far, without line ends."""
         return [line.rstrip("\n") for line in list(self._text[stream])]
 
-    def wait_for(self, regex: str, timeout: float = 30, stream: str | None = None) -> re.Match[str]:
+    def wait_for(self, regex: str, timeout: float = 60, stream: str | None = None) -> re.Match[str]:
         """The first match of `regex` in the output (of one stream, or of both); AssertionError when
         the process has ended without it, or at the deadline."""
         pattern = re.compile(regex, re.MULTILINE)
@@ -101,7 +101,7 @@ class Script:
         )
         return match
 
-    def wait(self, timeout: float = 30) -> int:
+    def wait(self, timeout: float = 60) -> int:
         """Wait for the end; the exit code (minus the signal). AssertionError at the deadline."""
         try:
             code = self.process.wait(timeout)

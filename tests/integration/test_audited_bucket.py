@@ -40,7 +40,7 @@ def written(run, env, kafka, topic):
     return values
 
 
-def audit(run, env, timeout=30):
+def audit(run, env, timeout=60):
     script = run("kafka_consumer.py", "--audit", env=env)
     code = script.wait(timeout)
     assert "Traceback" not in script.stderr

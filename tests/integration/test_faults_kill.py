@@ -25,7 +25,7 @@ def kill_and_go_on(run, env, kafka, topic, faulty, total: int, kills: int) -> li
         seen = len(faulty.requests)
         target = len(faulty.stored()) + random.randint(share // 2, share)
         script = run("kafka_consumer.py", env=env)
-        until(lambda target=target: len(faulty.stored()) >= target, timeout=60)
+        until(lambda target=target: len(faulty.stored()) >= target)
         script.kill()
         script.wait()
         sent_again.append(_again(faulty, seen, earlier))
@@ -90,7 +90,7 @@ def test_kill_9_of_the_producer_leaves_whole_records_in_order_and_none_twice(
     kafka.create_topic(f"{topic}_seed")
     reference_env = {**env, "KAFKA_TOPIC": f"{topic}_seed"}
     script = run("kafka_producer.py", "--rate", rate, "--seed", "7", env=env)
-    script.wait_for(r"Offset: 60\b|sent \d{4}", timeout=30)
+    script.wait_for(r"Offset: 60\b|sent \d{4}")
     script.kill()
     script.wait()
     found = [r.value for r in records(kafka.bootstrap, topic)]

@@ -174,7 +174,7 @@ def _break_for_15_s(kafka, cases, probability: float, values: list[bytes]) -> No
         produce(kafka.bootstrap, name, values)
     if probability == 1:
         for kind, _, script in cases.values():
-            until(lambda script=script: holds(script), timeout=10, what=f"a hold said for {kind}")
+            until(lambda script=script: holds(script), timeout=15, what=f"a hold said for {kind}")
     closed = next(faulty for kind, faulty, _ in cases.values() if kind == "refused")
     while time.monotonic() < began + 15:
         if probability < 1:  # a port is closed or not: a tenth of the time it is

@@ -158,7 +158,7 @@ def test_a_policy_that_denies_one_partitions_folder_holds_that_partition_alone(
         assert len([ln for ln in script.lines("stderr") if "holding at" in ln]) == 1
         faulty.heal()
         script.wait_for("answers again", timeout=5, stream="stderr")
-        script.wait_for(object_name(1, last), timeout=10, stream="stdout")
+        script.wait_for(object_name(1, last), stream="stdout")
         script.terminate()
         assert script.wait(15) == 0
     assert_whole(records(kafka.bootstrap, two), objects())

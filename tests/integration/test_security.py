@@ -117,7 +117,7 @@ def test_the_pair_works_and_tells_no_secret(
     assert env["AWS_SECRET_ACCESS_KEY"]
     producer = run("kafka_producer.py", "--rate", "20", env=env)
     consumer = run("kafka_consumer.py", "--max-messages", "10", env=env)
-    consumer.wait_for("Upload Successfully", timeout=30)
+    consumer.wait_for("Upload Successfully")
     for script in (producer, consumer):
         for part in ("cmdline", "comm"):
             assert PASSWORD not in Path(f"/proc/{script.pid}/{part}").read_text()

@@ -104,7 +104,7 @@ def running(run, scene, settings):
     """A consumer that has written an object."""
     produce(scene.own.bootstrap, scene.topic, [b'{"n": 0}'])
     script = run("kafka_consumer.py", env=settings)
-    script.wait_for(r"Upload Successfully", timeout=30)
+    script.wait_for(r"Upload Successfully")
     return script
 
 
@@ -128,7 +128,7 @@ def test_the_consumer_stops_within_5_s_and_loses_nothing(
     assert stop_within(script, STOPS[stop]) == 0
     scene.mend()
     follower = run("kafka_consumer.py", env=settings)
-    follower.wait_for("assigned", timeout=60)
+    follower.wait_for("assigned")
     until_done(scene.own.bootstrap, settings["KAFKA_GROUP_ID"], scene.topic)
     assert stop_within(follower, signal.SIGTERM) == 0
     assert_whole(records(scene.own.bootstrap, scene.topic), objects())
@@ -148,12 +148,12 @@ def test_the_consumer_stops_within_5_s_in_a_rebalance(run, scene, settings, stop
     settings = {**settings, "KAFKA_TOPIC": topic}
     with load(scene.own.bootstrap, [topic], 50):
         script = run("kafka_consumer.py", env=settings)
-        script.wait_for("Upload Successfully", timeout=30)
+        script.wait_for("Upload Successfully")
         second = run("kafka_consumer.py", env=settings)
-        second.wait_for("Upload Successfully", timeout=30)
+        second.wait_for("Upload Successfully")
         os.kill(second.pid, signal.SIGSTOP)  # does not answer the rebalance that the third asks for
         third = run("kafka_consumer.py", env=settings)
-        third.wait_for("Connection Test", timeout=30)
+        third.wait_for("Connection Test")
         time.sleep(2)
         assert stop_within(third, STOPS[stop]) == 0
         assert stop_within(script, STOPS[stop]) == 0
