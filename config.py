@@ -51,7 +51,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -150,6 +150,13 @@ def explain(error: BaseException) -> str:
 
 Parser = Callable[[str], Any]  # raises ValueError: what the text must be
 Check = Callable[[Mapping[str, Any]], str]  # of the values by name; returns a problem, or ""
+
+
+class Unread(NamedTuple):
+    """A line of `.env` that could not be taken."""
+
+    name: str  # of the setting that it means
+    problem: str
 
 
 def _setting(default: str, parse: Parser = str, *, secret: bool = False) -> Any:
@@ -283,16 +290,26 @@ class Settings:
     metrics_port: int | None = _setting("", _optional(_number(1, 65535)))
 
     @classmethod
-    def from_env(cls, environ: Mapping[str, str], *checks: Check) -> Settings:
+    def load(cls, flags: Mapping[str, str | None], *checks: Check) -> Settings:
+        """As `from_env`, from what `environment` finds."""
+        environ, unread = environment(flags)
+        return cls.from_env(environ, *checks, unread=unread)
+
+    @classmethod
+    def from_env(
+        cls, environ: Mapping[str, str], *checks: Check, unread: Sequence[Unread] = ()
+    ) -> Settings:
         """Build from `environ`. Each of `checks`, which a script adds, is given the values that
-        could be read.
+        could be read; `unread` is what could not be read of a file.
 
         Raises SettingsError with every problem at once.
         """
         values: dict[str, Any] = {}
-        problems = []
+        problems = [line.problem for line in unread]
         for setting in fields(cls):
             name, default = setting.name.upper(), setting.metadata["default"]
+            if any(line.name == name for line in unread):
+                continue
             text = environ.get(name, default)
             try:
                 text.encode()
@@ -350,22 +367,30 @@ def _other_problems(values: Mapping[str, Any]) -> Iterator[str]:
         yield f"S3_ENDPOINT_URL={url.geturl()!r}: holds the bucket {bucket}; name the server alone"
 
 
-def environment(flags: Mapping[str, str | None], dotenv: Path = HERE / ".env") -> dict[str, str]:
-    """Flags over the environment over the file `dotenv`, whose other names (AWS credentials) are
-    put into the process's environment too. Values are taken as they stand: no `${...}`.
+def environment(
+    flags: Mapping[str, str | None], dotenv: Path = HERE / ".env"
+) -> tuple[dict[str, str], list[Unread]]:
+    """Flags over the environment over the file `dotenv`, and what is wrong in the file: a line
+    that is not NAME=value, a value that would not be taken as it stands, a name that is nearly
+    that of a setting. Where nothing is, the file's names (AWS credentials) are put into the
+    process's environment too. Values are taken as they stand: no `${...}`.
 
-    Raises SettingsError for a file that cannot be read, a line that is not NAME=value, a value
-    that would not be taken as it stands, and a name that is nearly that of a setting.
+    Raises SettingsError for a file that cannot be read.
     """
+    found: dict[str, str] = {}
+    unread = []
     if dotenv.exists():
         lines = [line for line in parse_stream(_open_text(dotenv)) if line.key or line.error]
-        if problems := [f"{dotenv}, {text}" for line in lines for text in _line_problems(line)]:
-            raise SettingsError(*problems)
-        for name, value in {line.key: line.value for line in lines}.items():  # the last one counts
-            os.environ.setdefault(str(name), str(value))
+        problems = [problem for line in lines for problem in _line_problems(line)]
+        unread = [Unread(name, f"{dotenv}, {text}") for name, text in problems]
+        found = {str(line.key): str(line.value) for line in lines}  # the last of a name counts
     elif dotenv.with_name(".env.txt").exists():
         log.warning("%s is not read: rename it to .env", dotenv.with_name(".env.txt"))
-    return {**os.environ, **{name: text for name, text in flags.items() if text is not None}}
+    if not unread:
+        for name, text in found.items():
+            os.environ.setdefault(name, text)
+    given = {name: text for name, text in flags.items() if text is not None}
+    return {**found, **os.environ, **given}, unread
 
 
 def _open_text(path: Path) -> io.StringIO:
@@ -385,7 +410,7 @@ def _open_text(path: Path) -> io.StringIO:
 _AWS = "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION"
 
 
-def _line_problems(line: Binding) -> Iterator[str]:
+def _line_problems(line: Binding) -> Iterator[Unread]:
     """What is wrong with a line of `.env`, without its value, which may be a secret."""
     name, value, text = line.key or "", line.value, line.original.string
     # For the parser the blank lines before a line are its own.
@@ -395,13 +420,16 @@ def _line_problems(line: Binding) -> Iterator[str]:
     ours = name.upper().startswith(("KAFKA_", "S3_"))
     close = difflib.get_close_matches(name.upper(), settings, 1, 0.78 if ours else 0.9)
     if line.error or value is None or "\0" in value or re.search("[=\0]", name):
-        yield f"line {number}: must be NAME=value, with no quotes or a pair of them"
+        first = re.search(r"\w+", text.strip().removeprefix("export "))
+        problem = f"line {number}: must be NAME=value, with no quotes or a pair of them"
+        yield Unread(first[0] if first else "", problem)
     elif set(re.findall(r"[\x00-\x1f]", value)) - set(text.strip()):
-        yield f"{where}: in double quotes a backslash makes a control character; use single quotes"
+        problem = "in double quotes a backslash makes a control character; use single quotes"
+        yield Unread(name, f"{where}: {problem}")
     elif re.match("[\u2018-\u201f]", value):
-        yield f"{where}: has typographic quotes; use straight ones, or none"
+        yield Unread(name, f"{where}: has typographic quotes; use straight ones, or none")
     elif close and name != close[0] and not name.startswith("AWS_"):
-        yield f"{where} is no setting; did you mean {close[0]}?"
+        yield Unread(close[0], f"{where} is no setting; did you mean {close[0]}?")
     elif ours and not close:
         log.warning("%s names no setting, and is not read", name)
     elif name not in _AWS and (meant := difflib.get_close_matches(name.upper(), _AWS, 1, 0.9)):

@@ -1511,7 +1511,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     gc.set_threshold(20_000)  # what is made a record has no cycles: a tenth of the CPU time
     try:
-        settings = Settings.from_env(config.environment({}), bucket_is_set)
+        settings = Settings.load({}, bucket_is_set)
         config.setup_logging(settings)
         stop = config.Stop()
         if args.audit:

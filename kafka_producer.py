@@ -586,6 +586,10 @@ def csv_exists(values: Mapping[str, Any]) -> str:
     return f"CSV_PATH={str(path)!r}: there is no such file; {hint}"
 
 
+def stdin_is_open(values: Mapping[str, Any]) -> str:
+    return "" if sys.stdin else "--stdin: standard input is closed"
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="CSV rows to a Kafka topic. Settings: README.md.")
     parser.add_argument("--rate", help="messages a second, 0: no limit (MESSAGES_PER_SECOND)")
@@ -602,10 +606,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     gc.set_threshold(20_000)  # what is made a record has no cycles: a tenth of the CPU time
     try:
-        if args.stdin and sys.stdin is None:
-            raise SettingsError("--stdin: standard input is closed")
-        environ = config.environment({"MESSAGES_PER_SECOND": args.rate, "RANDOM_SEED": args.seed})
-        settings = Settings.from_env(environ, *([] if args.stdin else [csv_exists]))
+        flags = {"MESSAGES_PER_SECOND": args.rate, "RANDOM_SEED": args.seed}
+        settings = Settings.load(flags, stdin_is_open if args.stdin else csv_exists)
         config.setup_logging(settings)
         stop = Stop()
         rows: Iterator[Row | None]

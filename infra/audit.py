@@ -70,7 +70,6 @@ from config import (
     Stop,
     check_kafka,
     code_of,
-    environment,
     explain,
     is_marker,
     last_words,
@@ -1214,7 +1213,7 @@ def needs_bucket(values: Mapping[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     try:
-        settings = Settings.from_env(environment({}), *([] if args.folder else [needs_bucket]))
+        settings = Settings.load({}, *([] if args.folder else [needs_bucket]))
         setup_logging(settings)
         stop = Stop()
         if args.verify:

@@ -52,7 +52,6 @@ from config import (
     Settings,
     SettingsError,
     check_kafka,
-    environment,
     explain,
     make_consumer,
 )
@@ -628,7 +627,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", nargs="?", type=Path, default=Path())
     folder = parser.parse_args(argv).folder
     try:
-        settings = Settings.from_env(environment({}), needs_bucket)
+        settings = Settings.load({}, needs_bucket)
     except SettingsError as error:
         print(*error.args, sep="\n", file=sys.stderr)
         return 2

@@ -271,13 +271,16 @@ def dotenv(tmp_path, monkeypatch):
     def read(content, flags=None):
         file = tmp_path / ".env"
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
-        return environment(flags or {}, file)
+        environ, unread = environment(flags or {}, file)
+        if unread:
+            raise SettingsError(*(line.problem for line in unread))
+        return environ
 
     return read
 
 
 def test_without_a_file_the_environment_is_enough(dotenv, tmp_path):
-    assert environment({}, tmp_path / "missing") == dict(os.environ)
+    assert environment({}, tmp_path / "missing") == (dict(os.environ), [])
 
 
 def test_the_file_fills_what_the_environment_leaves_unset(dotenv):
@@ -324,6 +327,27 @@ def test_bad_lines_are_named_by_number_and_never_shown(dotenv):
     assert lines == ["5", "7", "8"]
     assert "secret" not in "".join(caught.value.args).lower()
     assert not {"A", "B", "D"} & set(os.environ)
+
+
+def test_what_is_wrong_in_the_file_and_in_the_values_is_said_together(tmp_path, monkeypatch):
+    """A name that is misspelt, or whose line cannot be read, is not said to be missing too."""
+    monkeypatch.setattr(os, "environ", {"LOG_LEVEL": "loud"})
+    lines = [
+        "S3_BUCKT=mine",
+        "export KAFKA_TOPIC='test",
+        "S3_PREFIX=\u201ca\u201d",
+        "S3_MAX_CONCURRENCY=many",
+    ]
+    (tmp_path / ".env").write_text("\n".join(lines), encoding="utf-8")
+    environ, unread = environment({"RANDOM_SEED": "x"}, tmp_path / ".env")
+    with pytest.raises(SettingsError) as caught:
+        Settings.from_env(environ, bucket_is_set, unread=unread)
+    said = [line.removeprefix(f"{tmp_path / '.env'}, ") for line in caught.value.args]
+    assert [re.match("line [0-9]|[A-Z0-9_]+", line)[0] for line in said] == [
+        *("line 1", "line 2", "line 3"),
+        *("RANDOM_SEED", "S3_MAX_CONCURRENCY", "LOG_LEVEL"),
+    ]
+    assert os.environ == {"LOG_LEVEL": "loud"}
 
 
 @pytest.mark.parametrize("content", [b"A=\xff", "A=1".encode("utf-16")[2:], b"A=1\0"])
