@@ -794,6 +794,7 @@ user_data() {
         without_comments "$HERE/$file" >"$folder/$file"
         chmod --reference="$HERE/$file" "$folder/$file"
     done
+    sed -i -E 's/^(    )+//' "$folder"/*.sh
     packed="$(tar -C "$folder" -c --sort=name --owner=0 --group=0 --mtime=@0 "${FILES[@]}" |
         gzip -9n | base64 -w 0)"
     rm -r "$folder"
@@ -822,13 +823,17 @@ need_files() {
 }
 
 main() {
+    local script
     umask 022 # real sudo keeps the caller's: with 077 the services could read nothing
     parse "$@"
     need_files
     recall
     case $ACTION in
         user-data)
-            user_data "$@"
+            script="$(user_data "$@")"
+            ((${#script} < 16384)) || die "user data of ${#script} bytes, and EC2 takes 16384:" \
+                "leave options out, and run the script again with them on the instance"
+            echo "$script"
             return
             ;;
         await)

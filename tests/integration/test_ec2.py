@@ -81,7 +81,25 @@ def test_user_data_is_as_small_as_ec2_wants_it_and_carries_all_files(tmp_path: P
     unpack = f"base64 -d{unpack}".replace("/usr/local/lib/kafka-setup", str(tmp_path))
     subprocess.run(["bash", "-euc", unpack], check=True)
     again = subprocess.check_output([tmp_path / SETUP.name, *options], text=True)
-    assert again == script  # nothing but comments was left out
+    assert again == script  # nothing but comments and indentation was left out
+    for name in (SETUP.name, "secure_kafka.sh"):
+        subprocess.run(["bash", "-n", tmp_path / name], check=True)
+
+
+def test_user_data_has_room_for_the_options_of_a_cluster_and_is_refused_where_it_has_none() -> None:
+    members = ",".join(f"ip-10-0-0-{n}.eu-central-1.compute.internal:2181" for n in range(201, 204))
+    options = ["--broker-id", "1", "--secure", "--public-address", "kafka-1.example.com"]
+    options += ["--private-address", members[:40], "--zookeeper-connect", members]
+    script = subprocess.check_output([SETUP, "--user-data", *options], text=True)
+    assert len(script) <= 16384 and members in script
+    url = f"https://mirror.example.com/{'far/' * 300}kafka.tgz"
+    done = subprocess.run(
+        [SETUP, "--user-data", *options, "--url", url], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and not done.stdout
+    assert re.fullmatch(
+        r"setup_kafka.sh: user data of \d+ bytes, and EC2 takes 16384: .*\n", done.stderr
+    )
 
 
 @pytest.mark.parametrize("style", ["Apache's", "sha512sum's"])
