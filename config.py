@@ -106,7 +106,8 @@ HINTS = {
     "InconsistentGroupProtocolError": "another program is in KAFKA_GROUP_ID: take another group",
     "GroupAuthorizationFailedError": "allow this user Read on the group KAFKA_GROUP_ID",
     "TopicAuthorizationFailedError": "allow this user Read, or Write, on the topic: see the ACLs",
-    "UnknownError": "a topic with cleanup.policy=compact takes no record without a key",
+    "InvalidRecordError": "a topic with cleanup.policy=compact takes no record without a key",
+    "GroupMaxSizeReachedError": "the broker's group.max.size allows no more members",
     "MessageSizeTooLargeError": "raise max.message.bytes of this topic",
     "InvalidRegionError": "see AWS_DEFAULT_REGION",
     "NoSuchBucket": "create it, or correct S3_BUCKET",
@@ -758,6 +759,7 @@ def is_marker(record: Any) -> bool:
 try:
     from kafka import KafkaClient
     from kafka.consumer.fetcher import NoOffsetForPartitionError
+    from kafka.errors import BrokerResponseError, kafka_errors
 
     _ONLY_COMMITTED: dict[str, Any] = {}
     _NO_EXPIRY: dict[str, Any] = {}
@@ -768,6 +770,24 @@ except ImportError:
     _ONLY_COMMITTED = {"isolation_level": "read_committed"}
     # With idempotence, one refused record ends the client.
     _NO_EXPIRY = {"delivery_timeout_ms": _FOREVER, "enable_idempotence": False}
+
+
+if KafkaClient:
+    # Codes that kafka-python-ng does not know are to it an unknown error, which ends a producer.
+    # Number and whether it passes: the protocol's table of errors.
+    for _code, _name, _passes in (
+        (56, "KafkaStorageError", True),  # a broker's disk failed, and others lead soon
+        (74, "FencedLeaderEpochError", True),
+        (75, "UnknownLeaderEpochError", True),
+        (78, "OffsetNotAvailableError", True),
+        (81, "GroupMaxSizeReachedError", False),
+        (87, "InvalidRecordError", False),
+        (88, "UnstableOffsetCommitError", True),
+    ):
+        _known = {"errno": _code, "message": _name, "retriable": _passes}
+        kafka_errors[_code] = type(
+            _name, (BrokerResponseError,), _known | {"invalid_metadata": _passes}
+        )
 
 
 def track_topic(consumer: KafkaConsumer, topic: str) -> None:
@@ -798,6 +818,15 @@ def avoid_nodes(consumer: KafkaConsumer, mute: Callable[[], Any]) -> None:
         return least_loaded_node()
 
     client.least_loaded_node = answering_node
+
+
+def oldest_request(consumer: KafkaConsumer, tp: TopicPartition) -> Any:
+    """What tells apart the requests to a partition's leader: that of the first which is not
+    answered yet; None where there is none."""
+    leader = consumer._client.cluster.leader_for_partition(tp)
+    client = consumer._client if KafkaClient else consumer._client._manager
+    connection = client._conns.get(leader)
+    return next(iter(connection.in_flight_requests), None) if connection else None
 
 
 def commit_once(consumer: KafkaConsumer, positions: dict[TopicPartition, Any]) -> None:

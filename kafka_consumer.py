@@ -79,6 +79,7 @@ TRICKLE = 1024  # bytes of an answer: fewer in TIMEOUT are none
 SESSION_MS = 6000  # the broker's minimum: how long a killed member is missed
 LOOK_EVERY = 2.0  # s between the monitor's questions to the brokers
 STANDS_AFTER = 5.0  # s without a record though there are some
+LONG_POLL = 1.0  # s that a fetch without a record takes at most
 STANDS_PAUSE = 4.0  # s for which such a partition is not fetched
 STANDS_RETRY = 0.5  # s in which it shows then whether it gives records again
 
@@ -668,6 +669,7 @@ class Monitor:
         self.latest: TopicState | None = None
         self.asking: Future[TopicState] | None = None
         self.asked_at, self.unanswered_since = -math.inf, math.inf
+        self.refused_since, self.refusal = math.inf, Exception()  # what is asked, as a whole
         self.notices = config.Notices(clock)
         self.shown_at, self.shown = clock(), 0
         self.ended = False
@@ -681,8 +683,11 @@ class Monitor:
         """Take the answer, ask again when it is time, and report."""
         now = self.clock()
         if self.asking and self.asking.done():
-            if not isinstance(self.asking.exception(), KafkaError):
-                self.latest, self.unanswered_since = self.asking.result(), math.inf
+            if isinstance(error := self.asking.exception(), KafkaError):
+                self.refused_since, self.refusal = min(self.refused_since, now), error
+            else:
+                self.latest = self.asking.result()
+                self.unanswered_since = self.refused_since = math.inf
             self.asking = None
         wanted = self.latest is None or self.latest.asked_at <= self.sink.state_wanted_at
         if self.asking is None and now - self.asked_at >= (0.05 if wanted else LOOK_EVERY):
@@ -721,13 +726,23 @@ class Monitor:
                 at = f" at {partition.position}" if partition else ""
                 text = f"{topic}/{tp.partition} stands still{at}: {why}; the others go on"
                 found[f"{topic}/{tp.partition} moves"] = config.Problem(text)
+        group = f"group {sink.settings.kafka_group_id}"
+        for what, asked in (("commit", sink), ("question for its positions", self)):
+            if now - asked.refused_since >= 5:
+                text = (
+                    f"{group}: the broker takes no {what}: {code_of(asked.refusal)}"
+                    f"{config.last_words}; are enough replicas of __consumer_offsets in sync, may"
+                    " this user read the group? Nothing is lost"
+                )
+                found[f"{group}: the broker takes a {what}"] = config.Problem(text)
         if why := sink.waits_for_group(now):
             found["a partition is assigned"] = config.Problem(why)
         return found
 
     def lag(self, now: float) -> dict[int, int | None]:
         """Records not yet done, by partition; None where it is not known."""
-        known = self.latest.ends if self.latest and now - self.unanswered_since < 2 else {}
+        answered = now - self.unanswered_since < 2 and self.refused_since == math.inf
+        known = self.latest.ends if self.latest and answered else {}
         lag: dict[int, int | None] = {tp.partition: None for tp in self.sink.assigned}
         for tp, partition in list(self.sink.partitions.items()):
             if tp in known:
@@ -791,6 +806,8 @@ class Partition:
     hold: Taken | None = None  # it failed, and is tried alone until it is done
     given_back: dict[int, Future[str] | None] = field(default_factory=dict)  # attempts, by offset
     moved_at: float = 0.0
+    asked: Any = None  # the oldest request to the leader that is not answered, and since when
+    asked_at: float = 0.0
     paused_until: float | None = None  # not fetched until then
     stalled: str = ""  # why the broker gives no record, though there are some
 
@@ -824,7 +841,10 @@ class Sink(ConsumerRebalanceListener):
     state_wanted_at: float = -math.inf
     verified: bool = False  # the group's positions are what we committed last
     range_unknown: bool = False  # a position was out of the topic's range
+    unreadable: config.Unreadable | None = None  # of a record that comes next
     committed_at: float = -math.inf
+    refused_since: float = math.inf  # commits
+    refusal: Any = None
     polled_at: float = -math.inf
     stepped_at: float = math.inf
     waits_since: float = math.inf  # for a partition
@@ -849,7 +869,7 @@ class Sink(ConsumerRebalanceListener):
             self.find_range()
         left = self.limit - self.stats.done - self.in_hand()
         enough = 1 if self.unsettled() else min(POLL_ROOM, max(left, 1))
-        if self.room() < enough:
+        if self.room() < enough and not self.unreadable:
             self.make_room()
         if self.room() >= enough:
             idle = not self.in_hand() and not self.unsettled()
@@ -862,6 +882,9 @@ class Sink(ConsumerRebalanceListener):
         self.book()
         self.begin()
         self.commit()
+        # The way past it is to set the group's position behind it: all in front is written first.
+        if self.unreadable and not self.in_hand():
+            raise self.unreadable
 
     def in_hand(self) -> int:
         return sum(len(partition.line) for partition in list(self.partitions.values()))
@@ -875,7 +898,7 @@ class Sink(ConsumerRebalanceListener):
             for taken in partition.line
             if alone or taken is not partition.hold  # which keeps no other waiting, however large
         )
-        if self.range_unknown or in_hand >= BYTES_IN_HAND:
+        if self.range_unknown or self.unreadable or in_hand >= BYTES_IN_HAND:
             return 0
         uncommitted = sum(p.position - p.committed for p in self.partitions.values())
         return min(self.window() - uncommitted, self.limit - self.stats.done - self.in_hand())
@@ -905,7 +928,7 @@ class Sink(ConsumerRebalanceListener):
             self.pause(tp, math.inf)
 
     def poll(self, timeout_ms: int, limit: int) -> dict[TopicPartition, list[Any]]:
-        """Records in order; {} while something has to be settled first. Raises Unreadable."""
+        """Records in order; {} while something has to be settled first."""
         self.polled_at = self.called_at = self.clock()
         self.waits_since = min(self.waits_since, self.polled_at)
         batches = {}
@@ -915,6 +938,9 @@ class Sink(ConsumerRebalanceListener):
             raise_unless_transient(error)
             self.range_unknown |= isinstance(error, kafka_errors.OffsetOutOfRangeError)
             self.suspect()
+            self.rewind()
+        except config.Unreadable as error:
+            self.unreadable = error
             self.rewind()
         finally:
             self.called_at = math.inf
@@ -1035,9 +1061,11 @@ class Sink(ConsumerRebalanceListener):
         except KafkaError as error:
             raise_unless_transient(error)
             self.suspect()
+            self.refused_since, self.refusal = min(self.refused_since, self.clock()), error
             return False
         finally:
             self.called_at = math.inf
+        self.refused_since = math.inf
         self.last_committed |= {tp: at.offset for tp, at in positions.items()}
         if not self.verified:  # what was asked meanwhile may be from before this commit
             self.suspect()
@@ -1120,6 +1148,9 @@ class Sink(ConsumerRebalanceListener):
             return True
         wanted, state = self.state_wanted_at, self.fresh_state()
         if state is None:
+            return False
+        if not self.assigned <= state.ends.keys() | state.problems.keys():
+            self.suspect()  # a broker that just started knew no topic: the group was not asked
             return False
         for tp in self.assigned:
             ours, there = self.last_committed.get(tp), state.committed.get(tp)
@@ -1247,6 +1278,9 @@ class Sink(ConsumerRebalanceListener):
         a pause, and only logs why it gets none."""
         now, state = self.clock(), self.monitor.latest
         for tp, partition in self.partitions.items():
+            asked = config.oldest_request(self.consumer, tp)
+            if asked != partition.asked:
+                partition.asked, partition.asked_at = asked, now
             if partition.paused_until is not None:
                 if now >= partition.paused_until:
                     partition.paused_until = None
@@ -1257,7 +1291,12 @@ class Sink(ConsumerRebalanceListener):
                     self.rewind(tp)
             elif state is None or state.ends.get(tp, math.inf) <= partition.position:
                 partition.moved_at, partition.stalled = now, ""
-            elif not state.ends or now - partition.moved_at > STANDS_AFTER:
+            elif state.ends and now - partition.moved_at <= STANDS_AFTER:
+                continue
+            elif tp in state.ends and asked is not None and now - partition.asked_at > LONG_POLL:
+                # A pause would throw away what comes.
+                partition.stalled = "the broker's answer is on its way: a slow link, or a quota"
+            else:
                 self.pause(tp, now + STANDS_PAUSE)
                 if tp in state.ends:  # else the topic, or its leader, is gone, and that is said
                     partition.stalled = (
@@ -1292,6 +1331,7 @@ class Sink(ConsumerRebalanceListener):
         finally:
             self.partitions.clear()
             self.assigned = frozenset()
+            self.unreadable = None
             self.stats.holding = {}
             # kafka-python 3 forgets a join that outlasts its poll, unless it is asked for.
             self.consumer._coordinator.request_rejoin()
@@ -1301,7 +1341,7 @@ class Sink(ConsumerRebalanceListener):
         for tp in assigned:
             self.consumer.seek(tp, 0)  # else the client looks for a position of its own
         self.waits_since, self.assigned = self.clock(), frozenset(assigned)
-        self.unpinned_since = math.inf
+        self.unpinned_since = self.refused_since = math.inf
         if not self.assigned:  # what fails is others' to say, and its end too
             self.failing, self.notices = {}, config.Notices(self.clock)
         # What others commit on a partition that was ours may be below what we did.
@@ -1325,7 +1365,7 @@ class Sink(ConsumerRebalanceListener):
             )
         return (
             f"waiting for group {group} to share out its partitions: a member that was killed is"
-            f" missed after {SESSION_MS / 1000:.0f} s"
+            f" missed after {SESSION_MS / 1000:.0f} s{config.last_words}"
         )
 
     def waits_for_position(self, now: float) -> str:
@@ -1391,9 +1431,6 @@ def run(sink: Sink, stop: config.Stop) -> None:
             sink.step()
         sink.leave_waiting()
         sink.drain(2)
-    except config.Unreadable:
-        sink.drain(2)  # all that stands in front of it: a reset of the group's position skips it
-        raise
     finally:
         try:
             sink.wait_for_state(1 if stop.requested else 5)
@@ -1491,6 +1528,7 @@ def consume(settings: Settings, bucket: Bucket, stop: config.Stop, limit: float)
         metadata_max_age_ms=5000,  # partitions that are added are found
         retry_backoff_ms=2,  # also how long a poll can be held up by the heartbeat thread
         max_partition_fetch_bytes=2**18,  # 10 MB less memory, no slower; a larger one comes
+        fetch_max_bytes=2**20,  # of many partitions: it has to come within the request timeout
     )
     sink = Sink(settings, consumer, Uploader(settings, bucket, stats), stats, limit)
     cluster = consumer._client.cluster

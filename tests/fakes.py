@@ -200,6 +200,7 @@ class Client:
         self.polls: list[tuple[float, set[TopicPartition]]] = []
         self.listener: Any = None
         self.closed = self.rejoins = False
+        self.asked: list[int] = []  # requests under way to the leader
         self.bytes_at_most = math.inf  # of what one poll gives, one record at least
         self.leaves_out_markers = False  # as kafka-python 3 does
 
@@ -336,6 +337,15 @@ class Client:
         assert set(offsets) <= set(self.at)
         if not self.broker.members or self in self.broker.members:
             self._store(offsets)
+
+    @property
+    def _client(self):
+        connection = SimpleNamespace(in_flight_requests=self.asked)
+        client = SimpleNamespace(
+            cluster=SimpleNamespace(leader_for_partition=lambda tp: 0), _conns={0: connection}
+        )
+        client._manager = client
+        return client
 
     @property
     def _coordinator(self):

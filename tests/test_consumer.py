@@ -617,6 +617,101 @@ def test_a_record_that_cannot_be_read_leaves_no_call_open(sinks, clock):
     assert sink.called_at == math.inf
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_stands_before_a_record_that_cannot_be_read_is_written_before_it_ends(
+    sinks, clock, fails
+):
+    """The way past it is to set the group's position behind it: what is left here is lost."""
+    sink, topic, uploads = sinks(150, 150, takes=lambda record: 9)
+    if fails:
+        uploads.takes, uploads.outcome = (lambda record: 0.01), (lambda record: failing())
+        clock.after(40, lambda: setattr(uploads, "outcome", lambda record: "written"))
+    uploads.slots = 64
+    stepping(sink, clock, 0.3)
+    sink.consumer.errors["poll"] = [Unreadable("why")]
+    before = len(sink.consumer.polls)
+    with pytest.raises(Unreadable):
+        run(sink, stopping(False))
+    assert sum(topic.group.values()) == len(set(uploads.submitted)) > 100
+    assert len(sink.consumer.polls) > before + 10, "it stays a member meanwhile"
+
+
+def test_a_stop_before_a_record_that_cannot_be_read_is_a_stop(sinks, clock):
+    sink, topic, _uploads = sinks(150, takes=lambda record: 0.01 if record.offset < 9 else 10)
+    stepping(sink, clock, 0.5)
+    sink.consumer.errors["poll"] = [Unreadable("why")]
+    stepping(sink, clock, 1)
+    run(sink, stopping())
+    assert topic.group == {TP: 9}
+
+
+def test_a_record_that_cannot_be_read_is_left_to_who_has_its_partition_next(sinks, clock):
+    sink, topic, uploads = sinks(50, 50, takes=lambda record: 3)
+    stepping(sink, clock, 0.3)
+    sink.consumer.errors["poll"] = [Unreadable("why")]
+    stepping(sink, clock, 1)
+    uploads.takes = lambda record: 0.01
+    rebalance(sink, 1)
+    stepping(sink, clock, 5)
+    assert topic.group[TP1] == 50
+
+
+def test_an_answer_from_before_the_topic_was_known_says_nothing_of_positions(sinks, clock):
+    """A broker that just started answers for a moment as if it had no topic."""
+    sink, topic, _uploads = sinks(50)
+    stepping(sink, clock, 2)
+    look = sink.monitor.ask
+    sink.monitor.ask = lambda asked_at, heard: Future()  # the one under way ends
+    stepping(sink, clock, 1)
+    sink.suspect()
+    clock.wait(0.1)
+    empty = TopicState(clock(), {}, {}, {}, {})
+    sink.monitor.latest, sink.monitor.asking = empty, None
+    topic.ends[TP] = 60
+    stepping(sink, clock, 1)
+    assert topic.group == {TP: 50}
+    sink.monitor.ask, sink.monitor.asking = look, None
+    stepping(sink, clock, 2)
+    assert topic.group == {TP: 60}
+
+
+def test_commits_that_the_broker_refuses_are_said_and_so_is_their_end(sinks, clock, lines):
+    sink, topic, _uploads = sinks(500)
+    settled(sink, clock)
+    commit = sink.send
+
+    def refuse(client, positions):
+        raise CommitFailedError("why")
+
+    sink.send = refuse
+    topic.ends[TP] = 1000
+    stepping(sink, clock, 12)
+    said = [line for line in lines() if "the broker takes no commit: CommitFailedError" in line]
+    assert len(said) == 1
+    sink.send = commit
+    stepping(sink, clock, 3)
+    assert topic.group == {TP: 1000}
+    assert any("the broker takes a commit again" in line for line in lines())
+
+
+def test_a_group_whose_positions_cannot_be_asked_is_said(sinks, clock, lines):
+    sink, topic, _uploads = sinks(50)
+    look = sink.monitor.ask
+
+    def refused(asked_at, heard):
+        answer = Future()
+        heard()  # the leaders answer, the coordinator refuses
+        answer.set_exception(NotAllowed("why"))
+        return answer
+
+    sink.monitor.ask = refused
+    stepping(sink, clock, 12)
+    assert any("takes no question for its positions: GroupAuth" in line for line in lines())
+    sink.monitor.ask = look
+    stepping(sink, clock, 3)
+    assert topic.group == {TP: 50}
+
+
 def test_after_a_gap_nothing_is_committed_before_the_groups_position_is_known(sinks, clock):
     sink, topic, uploads = sinks(100)
     stepping(sink, clock, 1)
@@ -1196,17 +1291,6 @@ def test_a_stop_leaves_what_waits_for_a_slot_to_the_next_run(sinks, clock):
     assert topic.group == {TP: len(uploads.submitted)}
 
 
-def test_what_stands_before_an_unreadable_record_is_uploaded_whole(sinks, clock):
-    """The way past it is to set the group's position behind it: what is left here is lost."""
-    sink, topic, uploads = sinks(150, takes=lambda record: 0.5)
-    uploads.slots = 64
-    stepping(sink, clock, 0.3)
-    sink.consumer.errors["poll"] = [Unreadable("it cannot be read")]
-    with pytest.raises(Unreadable):
-        run(sink, stopping(False))
-    assert topic.group == {TP: 150}
-
-
 def test_a_stop_does_not_wait_for_s3_while_it_fails(sinks, clock):
     sink, topic, uploads = sinks(50)
     uploads.outcome = lambda record: "written" if record.offset < 9 else failing()
@@ -1318,6 +1402,40 @@ def test_a_partition_that_gives_no_record_though_there_are_some_is_said_and_rest
     stepping(sink, clock, 6)
     assert topic.group == {TP: 10, TP1: 10}
     assert any(line.startswith("test/1 moves again after") for line in lines())
+
+
+def test_an_answer_that_takes_long_is_waited_for(sinks, clock, lines):
+    """A pause would have what comes thrown away, and asked for again."""
+    sink, topic, _uploads = sinks(50)
+    stepping(sink, clock, 2)
+    topic.ends[TP] = 100
+    topic.refused.add(TP)  # nothing has come yet
+    sink.consumer.asked, sink.consumer.polls = [7], []
+    stepping(sink, clock, 25)
+    assert not any(paused for _, paused in sink.consumer.polls)
+    said = [line for line in lines() if "stands still at 50: the broker's answer is on" in line]
+    assert said
+    topic.refused.clear()
+    stepping(sink, clock, 1)
+    assert topic.group == {TP: 100}
+
+
+def test_a_fetch_that_is_refused_again_and_again_is_not_an_answer_on_its_way(sinks, clock, lines):
+    sink, topic, _uploads = sinks(50)
+    settled(sink, clock)
+    topic.ends[TP] = 100
+    topic.refused.add(TP)
+    requests = iter(range(10**9))
+    every = sink.consumer.poll
+
+    def poll(*args, **options):
+        sink.consumer.asked = [next(requests)]
+        return every(*args, **options)
+
+    sink.consumer.poll = poll
+    stepping(sink, clock, 8)
+    assert TP in sink.consumer.paused
+    assert any("it refuses the fetch" in line for line in lines())
 
 
 def test_a_topic_that_is_gone_is_said(sinks, clock, lines):

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kafka import TopicPartition
-from kafka.errors import KafkaError, KafkaTimeoutError, MessageSizeTooLargeError, UnknownError
+from kafka.errors import KafkaError, KafkaTimeoutError, MessageSizeTooLargeError, for_code
 from kafka.errors import TopicAuthorizationFailedError as NotAllowed
 from pandas._libs.parsers import STR_NA_VALUES
 
@@ -937,10 +937,10 @@ def test_a_pipe_that_begins_with_a_byte_order_mark_is_read_without_it():
 
 
 def test_a_compacted_topic_that_refuses_a_record_without_a_key_is_explained(clock, broker):
-    broker.errors[0] = UnknownError()
+    broker.errors[0] = for_code(87)()
     sender = Sender(broker, "test", 1, clock)
     sender.submit(ROW)
-    with pytest.raises(Failure, match=r"UnknownError.*cleanup\.policy=compact.*without a key"):
+    with pytest.raises(Failure, match=r"InvalidRecordError.*policy=compact.*without a key"):
         sender.settle(1)
 
 

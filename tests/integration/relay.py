@@ -5,6 +5,7 @@ the broker itself, its other listeners and its leadership stay as they are.
 """
 
 import asyncio
+import math
 import socket
 import threading
 from collections.abc import Callable
@@ -23,6 +24,7 @@ class Relay:
         self.address = f"127.0.0.1:{self.port}"
         self.connections = 0  # accepted so far
         self.delay = 0.0  # seconds before each piece of an answer
+        self.rate = math.inf  # bytes a second of the answers on a connection
         self.spoil: Callable[[bytes], bytes] | None = None  # changes each piece of an answer
         self._loop = asyncio.new_event_loop()
         self._open = asyncio.Event()  # cleared: what was accepted waits
@@ -60,7 +62,7 @@ class Relay:
 
     def heal(self) -> None:
         """Pass everything on again; what was held back while mute comes first."""
-        self.delay, self.spoil = 0.0, None
+        self.delay, self.rate, self.spoil = 0.0, math.inf, None
         self._hangs_up = False
         self._call(self._listen())
 
@@ -138,7 +140,7 @@ class Relay:
         """Answers, slowed or spoilt when asked."""
         try:
             while data := await reader.read(CHUNK):
-                await asyncio.sleep(self.delay)
+                await asyncio.sleep(self.delay + len(data) / self.rate)
                 await self._open.wait()
                 writer.write(self.spoil(data) if self.spoil else data)
                 await writer.drain()

@@ -200,6 +200,21 @@ def test_a_broker_that_cannot_be_reached_at_the_start_is_named_and_the_others_ar
 
 
 @pytest.mark.slow
+def test_an_answer_that_takes_long_is_waited_for_and_said(run, cluster, two):
+    """256 kB are asked for at once, and take 9 s on this link."""
+    topic, far = two["topic"], cluster.relays[two["far"]]
+    values = [b'{"pad": "%s"}' % (b"x" * 10_000)] * 60
+    produce(cluster.internal, topic, values, partition=1)
+    far.rate = 30_000
+    script = run("kafka_consumer.py", env=two["env"])
+    line = script.wait_for(rf"^.*{topic}/1 stands still.*$", timeout=SOON, stream="stderr")[0]
+    assert "on its way" in line
+    script.wait_for(r"partition=1/stock_market_59\.json")
+    assert "refuses the fetch" not in script.stderr
+    ends_when_asked(script)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["mute", "cut", "wall"])
 def test_a_broker_that_cannot_be_reached_any_more_is_said_and_the_others_are_served(
     run, cluster, two, how

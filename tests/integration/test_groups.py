@@ -52,6 +52,29 @@ def test_a_restart_after_kill_9_says_that_it_waits_for_the_group(run, env, kafka
     assert second.wait() == 0
 
 
+def test_commits_that_the_broker_does_not_take_are_said(run, env, own, s3, objects):
+    """Fewer copies of the topic of positions are in sync than it wants."""
+    topic, group = env["KAFKA_TOPIC"], env["KAFKA_GROUP_ID"]
+    own.create_topic(topic)
+    own.create_topic(f"{topic}_errors")
+    produce(own.bootstrap, topic, numbered(0, 10))
+    settings = {**env, "KAFKA_BOOTSTRAP_SERVERS": own.bootstrap}
+    script = run("kafka_consumer.py", env=settings)
+    until(lambda: committed(own.bootstrap, group, topic).get(0) == 10)
+    change = ("--bootstrap-server", own.bootstrap, "--alter", "--entity-type", "topics")
+    change += ("--entity-name", "__consumer_offsets")
+    own.command("kafka.admin.ConfigCommand", *change, "--add-config", "min.insync.replicas=2")
+    produce(own.bootstrap, topic, numbered(10, 500))
+    said = rf"group {group}: the broker takes no commit: .*__consumer_offsets"
+    script.wait_for(said, timeout=SOON, stream="stderr")
+    assert len(objects()) == 10 + 256, "no more than a kill would send again"
+    own.command("kafka.admin.ConfigCommand", *change, "--delete-config", "min.insync.replicas")
+    until_done(own.bootstrap, group, topic)
+    script.wait_for("the broker takes a commit again", stream="stderr")
+    script.terminate()
+    assert script.wait() == 0
+
+
 def test_another_prefix_with_an_old_group_is_told_where_its_objects_begin(run, env, kafka, topic):
     produce(kafka.bootstrap, topic, numbered(0, 8))
     assert run("kafka_consumer.py", "--max-messages", "5", env=env).wait() == 0

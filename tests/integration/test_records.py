@@ -2,12 +2,14 @@
 object, a dead letter, or a line that says where it is and what to do."""
 
 import re
+import time
 from pathlib import Path
 
 import pytest
 from confluent_kafka import Producer
 from helpers import committed, produce, records, until, until_done
 from kafka.record.util import calc_crc32c
+from s3_faults import FaultyS3
 
 pytestmark = pytest.mark.real
 
@@ -194,6 +196,26 @@ def test_a_record_whose_length_is_damaged_is_named_with_a_way_out(run, env, kafk
     # The value's length, one byte (26: 13 in zigzag), is what stands before it.
     spoil(kafka, topic, b'\x1a{"n": "here"}', b'\x7e{"n": "here"}')
     is_named(run, env, kafka, topic, objects, offset=2)
+
+
+def test_all_before_a_record_that_cannot_be_read_is_written_though_s3_fails(
+    run, env, kafka, s3, topic, objects
+):
+    """The way out skips to behind it: what is not written by then is lost."""
+    produce(kafka.bootstrap, topic, [b'{"n": 0}'] * 50)
+    produce(kafka.bootstrap, topic, [b'{"n": "here"}'])
+    spoil(kafka, topic, b'\x1a{"n": "here"}', b'\x7e{"n": "here"}')
+    with FaultyS3(s3.endpoint) as faulty:
+        faulty.fail("503", only=("put",))
+        script = run("kafka_consumer.py", env={**env, "S3_ENDPOINT_URL": faulty.endpoint})
+        script.wait_for("holding at", timeout=SOON, stream="stderr")
+        time.sleep(3)
+        assert script.process.poll() is None
+        faulty.heal()
+        assert script.wait() == 1
+    assert f"--topic {topic}:0 --to-offset 51" in script.stderr
+    assert set(objects()) == {f"stock_market_{n}.json" for n in range(50)}
+    assert committed(kafka.bootstrap, env["KAFKA_GROUP_ID"], topic) == {0: 50}
 
 
 @pytest.mark.slow
