@@ -237,6 +237,8 @@ def _url(text: str) -> str:
 def _prefix(text: str) -> str:
     if not re.fullmatch(r"(?!/)(?!.*//)(?!(.*/)?\.{1,2}/)[^\x00-\x1f\x7f\\]*", text):
         raise ValueError("must not begin with / or hold //, ./, ../, \\ or control characters")
+    if text.startswith("_seals/") or "/_seals/" in text:
+        raise ValueError("must hold no folder _seals: infra/audit.py keeps its seals in one")
     if len(text.encode()) > 900:  # S3 takes names of 1,024 bytes, and ours have up to 58 more
         raise ValueError(f"must have at most 900 bytes, and has {len(text.encode())}")
     return text
@@ -382,8 +384,7 @@ def environment(
     unread = []
     if dotenv.exists():
         lines = [line for line in parse_stream(_open_text(dotenv)) if line.key or line.error]
-        problems = [problem for line in lines for problem in _line_problems(line)]
-        unread = [Unread(name, f"{dotenv}, {text}") for name, text in problems]
+        unread = [problem for line in lines for problem in _line_problems(dotenv, line)]
         found = {str(line.key): str(line.value) for line in lines}  # the last of a name counts
     elif dotenv.with_name(".env.txt").exists():
         log.warning("%s is not read: rename it to .env", dotenv.with_name(".env.txt"))
@@ -411,18 +412,18 @@ def _open_text(path: Path) -> io.StringIO:
 _AWS = "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION"
 
 
-def _line_problems(line: Binding) -> Iterator[Unread]:
+def _line_problems(file: Path, line: Binding) -> Iterator[Unread]:
     """What is wrong with a line of `.env`, without its value, which may be a secret."""
     name, value, text = line.key or "", line.value, line.original.string
     # For the parser the blank lines before a line are its own.
     number = line.original.line + text[: len(text) - len(text.lstrip())].count("\n")
-    where = f"line {number}: {name}"
+    where = f"{file}, line {number}: {name}"
     settings = [each.name.upper() for each in fields(Settings)]
     ours = name.upper().startswith(("KAFKA_", "S3_"))
     close = difflib.get_close_matches(name.upper(), settings, 1, 0.78 if ours else 0.9)
     if line.error or value is None or "\0" in value or re.search("[=\0]", name):
         first = re.search(r"\w+", text.strip().removeprefix("export "))
-        problem = f"line {number}: must be NAME=value, with no quotes or a pair of them"
+        problem = f"{file}, line {number}: must be NAME=value, with no quotes or a pair of them"
         yield Unread(first[0] if first else "", problem)
     elif set(re.findall(r"[\x00-\x1f]", value)) - set(text.strip()):
         problem = "in double quotes a backslash makes a control character; use single quotes"
@@ -432,7 +433,7 @@ def _line_problems(line: Binding) -> Iterator[Unread]:
     elif close and name != close[0] and not name.startswith("AWS_"):
         yield Unread(close[0], f"{where} is no setting; did you mean {close[0]}?")
     elif ours and not close:
-        log.warning("%s names no setting, and is not read", name)
+        log.warning("%s names no setting, and is not read", where)
     elif name not in _AWS and (meant := difflib.get_close_matches(name.upper(), _AWS, 1, 0.9)):
         log.warning("%s is no name that AWS knows; did you mean %s?", where, meant[0])
 
@@ -529,6 +530,7 @@ class _Stream(logging.StreamHandler):
         self.in_place = isinstance(formatter, _Text) and stream.isatty() and not dumb
         self.is_journal = _is_journal(stream)
         self.writing_since = math.inf
+        self.failed = False  # a line at least is not written
 
     def emit(self, record: logging.LogRecord) -> None:
         self.writing_since = time.monotonic()
@@ -556,8 +558,12 @@ class _Stream(logging.StreamHandler):
             if callable(handler) and handler is not _end_at_once:  # not stopping yet
                 signal.raise_signal(signal.SIGTERM)
                 log.warning("what read this script's output has left, so it ends")
-        elif not isinstance(error, OSError):  # a full disk is no reason to stop moving records
+        elif not isinstance(error, OSError):
             super().handleError(record)
+        elif not self.failed:  # a full disk is no reason to stop moving records
+            self.failed = True
+            if self.stream is sys.stdout:
+                log.warning("standard output cannot be written: %s", error.strerror)
 
 
 _LAST_WORDS = {  # what to try, by what is in them

@@ -25,6 +25,25 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the imports run: no traceback
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+# Before the packages: it says in one line which of them is missing.
+from config import (
+    LOST,
+    Failure,
+    Settings,
+    SettingsError,
+    Stop,
+    check_kafka,
+    code_of,
+    explain,
+    is_marker,
+    last_words,
+    make_consumer,
+    output,
+    setup_logging,
+    status,
+)
+
+# isort: split
 import argparse
 import asyncio
 import dataclasses
@@ -61,23 +80,6 @@ from botocore.parsers import ResponseParserError
 from botocore.utils import parse_timestamp
 from kafka import TopicPartition
 from kafka.errors import KafkaError
-
-from config import (
-    LOST,
-    Failure,
-    Settings,
-    SettingsError,
-    Stop,
-    check_kafka,
-    code_of,
-    explain,
-    is_marker,
-    last_words,
-    make_consumer,
-    output,
-    setup_logging,
-    status,
-)
 
 log = logging.getLogger(__name__)
 
@@ -1157,7 +1159,8 @@ def finished(proof: Coroutine[Any, Any, int], stop: Stop) -> int:
     """The exit code of a proof. Raises Failure."""
     stop.code = 1  # a proof that was stopped has proven nothing
     try:
-        return asyncio.run(proof)
+        code = asyncio.run(proof)
+        return 1 if any(getattr(each, "failed", False) for each in output.handlers) else code
     except MemoryError:
         raise Failure("more offsets than there is memory for: 17 bytes each, 49 to seal") from None
     except (KafkaError, *S3_ERRORS) as error:

@@ -14,6 +14,13 @@ import signal
 if __name__ == "__main__":  # Ctrl-C while the packages below are loading ends it without a word
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from config import HERE as ROOT  # before the packages: it says in one line which is missing
+
+# isort: split
 import argparse
 import contextlib
 import fcntl
@@ -27,12 +34,10 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import botocore.config
@@ -43,7 +48,6 @@ from embedded_kafka import EmbeddedKafka  # type: ignore[import-not-found]  # be
 from kafka.admin import KafkaAdminClient, NewTopic
 from kafka.errors import KafkaError, TopicAlreadyExistsError
 
-ROOT = Path(__file__).resolve().parent.parent
 LOCAL = ROOT / ".local"  # what is fetched or built; ignored by git
 EXAMPLE = dotenv_values(ROOT / ".env.example", interpolate=False)
 API_VERSION = (2, 8, 1)

@@ -13,6 +13,21 @@ import signal
 if __name__ == "__main__":  # Ctrl-C while the imports run, a second or two: no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+# Before the packages: it says in one line which of them is missing.
+from config import (
+    Failure,
+    Settings,
+    SettingsError,
+    check_kafka,
+    explain,
+    make_consumer,
+)
+
+# isort: split
 import asyncio
 import json
 import logging
@@ -20,15 +35,14 @@ import math
 import os
 import re
 import ssl
-import sys
 import tempfile
 import time
 from argparse import ArgumentParser
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote
 
@@ -46,15 +60,6 @@ try:
     import duckdb
 except ImportError as error:
     sys.exit(f"{error.name} is not installed: {sys.executable} -m pip install '.[report]'")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from config import (
-    Failure,
-    Settings,
-    SettingsError,
-    check_kafka,
-    explain,
-    make_consumer,
-)
 from infra.audit import NAME
 
 HERE = Path(__file__).resolve().parent
@@ -601,9 +606,17 @@ def needs_bucket(values: Mapping[str, Any]) -> str:
     return "S3_BUCKET is not set: name the bucket, in .env or the environment"
 
 
-def write_report(settings: Settings, folder: Path) -> int:
-    """Read the bucket and write both files; returns the exit code. Raises Failure and OSError."""
-    db = duckdb.connect()
+@contextmanager
+def about(what: object) -> Iterator[None]:
+    """What goes wrong inside is a Failure in one line that says with what."""
+    try:
+        yield
+    except (Failure, OSError, duckdb.Error) as error:
+        raise Failure(f"{what}: {str(error).partition(chr(10))[0]}") from None
+
+
+def read_bucket(settings: Settings, db: duckdb.DuckDBPyConnection) -> list[Object]:
+    """Read every object into the table `records`. Raises Failure, OSError and duckdb's errors."""
     with tempfile.NamedTemporaryFile() as lines:
         found = asyncio.run(fetch(settings, lines))
         if not found:
@@ -613,11 +626,25 @@ def write_report(settings: Settings, folder: Path) -> int:
             )
         lines.flush()
         load(db, lines.name)
-    folder.mkdir(parents=True, exist_ok=True)
-    parquet, html = folder / "records.parquet", folder / "report.html"
-    db.table("records").write_parquet(str(parquet))
-    rows = len(duckdb.read_parquet(str(parquet)))
-    html.write_text(page(facts(db, settings, found)), encoding="utf-8", errors="replace")
+    return found
+
+
+def write_report(settings: Settings, folder: Path) -> int:
+    """Read the bucket and write both files; returns the exit code. Raises Failure. A report that
+    cannot be written leaves that of an earlier run as it was."""
+    db = duckdb.connect()
+    with about(folder):  # before all is read
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    with about(f"s3://{settings.s3_bucket}/{settings.s3_prefix}"):
+        found = read_bucket(settings, db)
+        text = page(facts(db, settings, found))
+    with about(folder), tempfile.TemporaryDirectory(dir=folder) as unfinished:
+        parquet, html = Path(unfinished, "records.parquet"), Path(unfinished, "report.html")
+        db.table("records").write_parquet(str(parquet))
+        rows = len(duckdb.read_parquet(str(parquet)))
+        html.write_text(text, encoding="utf-8", errors="replace")
+        parquet, html = parquet.replace(folder / parquet.name), html.replace(folder / html.name)
     print(f"{len(found)} objects, {rows} rows in {parquet}, charts in {html}")
     return 0 if rows == len(found) else 1
 
@@ -631,14 +658,13 @@ def main(argv: list[str] | None = None) -> int:
     except SettingsError as error:
         print(*error.args, sep="\n", file=sys.stderr)
         return 2
-    where = f"s3://{settings.s3_bucket}/{settings.s3_prefix}"
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return write_report(settings, folder)
-    except (Failure, OSError, duckdb.Error) as error:
-        print(f"{where}: {str(error).partition(chr(10))[0]}", file=sys.stderr)
+    except Failure as error:
+        print(error, file=sys.stderr)
     except KeyboardInterrupt:
-        print(f"{where}: stopped before the report was made", file=sys.stderr)
+        print("stopped before the report was made", file=sys.stderr)
     return 1
 
 

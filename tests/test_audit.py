@@ -29,6 +29,7 @@ from infra.audit import (
     Seal,
     Verify,
     digest,
+    finished,
     lost_ranges,
     open_bucket,
 )
@@ -437,6 +438,17 @@ def test_without_a_committed_position_there_is_nothing_to_audit(audited):
     audited.committed = dict.fromkeys(audited.committed)
     with pytest.raises(Failure, match="KAFKA_GROUP_ID=python-consumer-group"):
         audited.run()
+
+
+def test_an_audit_whose_lines_cannot_be_written_has_proven_nothing_to_anyone(monkeypatch):
+    async def proof():
+        return 0
+
+    assert finished(proof(), SimpleNamespace()) == 0
+    full = logging.StreamHandler()
+    full.failed = True
+    monkeypatch.setattr(output, "handlers", [full])
+    assert finished(proof(), SimpleNamespace()) == 1
 
 
 def test_an_audit_that_is_stopped_proves_nothing(audited):

@@ -426,19 +426,23 @@ def test_a_name_that_is_nearly_a_setting_is_refused_with_what_was_meant(dotenv, 
 
 
 @pytest.mark.parametrize("name", ["KAFKA_HEAP_OPTS", "KAFKA_HOME", "S3_REGION"])
-def test_a_name_that_could_be_one_of_ours_and_is_none_is_a_warning(dotenv, caplog, name):
+def test_a_name_that_could_be_one_of_ours_and_is_none_is_a_warning(dotenv, tmp_path, caplog, name):
     assert dotenv(f"{name}=x\n")[name] == "x"
     assert [record.getMessage() for record in caplog.records] == [
-        f"{name} names no setting, and is not read"
+        f"{tmp_path / '.env'}, line 1: {name} names no setting, and is not read"
     ]
 
 
 @pytest.mark.parametrize("name", ["AWS_ACCES_KEY_ID", "aws_access_key_id", "AWS_ACCESS_KEY"])
-def test_a_name_that_is_nearly_one_of_aws_is_a_warning_without_its_value(dotenv, caplog, name):
+def test_a_name_that_is_nearly_one_of_aws_is_a_warning_without_its_value(
+    dotenv, tmp_path, caplog, name
+):
     dotenv(f"{name}=secret\n")
-    assert [record.getMessage() for record in caplog.records] == [
-        f"line 1: {name} is no name that AWS knows; did you mean AWS_ACCESS_KEY_ID?"
-    ]
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said == (
+        f"{tmp_path / '.env'}, line 1: {name} is no name that AWS knows; did you mean"
+        " AWS_ACCESS_KEY_ID?"
+    )
 
 
 def test_names_of_others_are_no_matter(dotenv, caplog):
@@ -491,6 +495,12 @@ def test_an_endpoint_with_the_bucket_in_it_is_refused(url):
 )
 def test_an_endpoint_whose_host_is_called_like_the_bucket_is_none_of_these(url):
     assert made(S3_BUCKET="minio", S3_ENDPOINT_URL=url).s3_endpoint_url == url
+
+
+@pytest.mark.parametrize("prefix", ["_seals/", "a/_seals/", "_seals/b"])
+def test_a_prefix_inside_the_folder_of_seals_is_refused(prefix):
+    assert "_seals" in problems(S3_PREFIX=prefix)["S3_PREFIX"]
+    assert made(S3_PREFIX="my_seals/").s3_prefix
 
 
 def test_a_prefix_is_counted_in_bytes():
@@ -792,7 +802,7 @@ def test_that_the_reader_has_left_is_said():
         assert process.wait(20) == 0
 
 
-def test_a_full_disk_under_the_records_is_no_reason_to_stop(logs, monkeypatch):
+def test_a_full_disk_under_the_records_is_said_once_and_no_reason_to_stop(logs, monkeypatch):
     out, err = logs()
 
     def full(text):
@@ -800,8 +810,11 @@ def test_a_full_disk_under_the_records_is_no_reason_to_stop(logs, monkeypatch):
 
     monkeypatch.setattr(out, "write", full)
     output.info("lost")
+    output.info("lost")
     log.info("said")
-    assert err.said().endswith(" INFO said\n") and len(err.said().splitlines()) == 1
+    first, second = err.said().splitlines()
+    why = "standard output cannot be written: No space left on device"
+    assert first.endswith(f" WARNING {why}") and second.endswith(" INFO said")
 
 
 def test_lines_that_nobody_reads_are_said_and_when_they_are_read_again():

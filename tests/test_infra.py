@@ -37,6 +37,14 @@ def tracked() -> set[str]:
     return set(subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines())
 
 
+@pytest.mark.parametrize("script", ["audit.py", "report.py", "local_stack.py"])
+def test_without_the_packages_a_script_says_so_in_one_line(script: str) -> None:
+    command = [sys.executable, "-S", "-E", ROOT / "infra" / script]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("packages are missing (dotenv, kafka, pandas, s3fs): ")
+
+
 def test_the_top_level_holds_what_people_look_for_and_nothing_else() -> None:
     assert {name.partition("/")[0] for name in tracked()} == {
         *("README.md", "LICENSE", "pyproject.toml", "requirements.txt"),

@@ -312,6 +312,27 @@ def test_a_read_that_is_denied_is_one_line(offline, run, tmp_path) -> None:
     assert "AccessDenied" in script.stderr and len(script.lines("stderr")) == 1
 
 
+def test_a_folder_that_cannot_be_written_to_is_said_before_anything_is_read(
+    offline, run, tmp_path
+) -> None:
+    faulty, env = offline
+    (tmp_path / "file").write_text("mine")
+    script = run("infra/report.py", str(tmp_path / "file"), env=env)
+    assert script.wait() == 1
+    assert script.stderr.startswith(f"{tmp_path / 'file'}: ")
+    assert len(script.lines("stderr")) == 1 and not faulty.requests
+
+
+def test_a_report_that_cannot_be_written_leaves_the_one_before(offline, run, tmp_path) -> None:
+    _faulty, env = offline
+    (tmp_path / "report.html").mkdir()  # it cannot be replaced
+    (tmp_path / "report.html" / "mine").touch()
+    script = run("infra/report.py", str(tmp_path), env=env)
+    assert script.wait() == 1
+    assert script.stderr.startswith(f"{tmp_path}: ") and len(script.lines("stderr")) == 1
+    assert {file.name for file in tmp_path.iterdir()} <= {"records.parquet", "report.html"}
+
+
 def test_ctrl_c_ends_the_report_with_one_line(offline, run, tmp_path) -> None:
     faulty, env = offline
     faulty.fail("hang", only=("get",))
