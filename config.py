@@ -832,7 +832,8 @@ def oldest_request(consumer: KafkaConsumer, tp: TopicPartition) -> Any:
     leader = consumer._client.cluster.leader_for_partition(tp)
     client = consumer._client if KafkaClient else consumer._client._manager
     connection = client._conns.get(leader)
-    return next(iter(connection.in_flight_requests), None) if connection else None
+    requests = list(connection.in_flight_requests) if connection else []  # other threads change it
+    return requests[0] if requests else None
 
 
 def commit_once(consumer: KafkaConsumer, positions: dict[TopicPartition, Any]) -> None:

@@ -591,6 +591,21 @@ class Uploader:
 # ---------------------------------------------------------------- the monitor: what stands still
 
 
+@dataclass
+class Refusals:
+    """What the broker does not take, though it answers."""
+
+    since: float = math.inf
+    last: float = -math.inf
+    error: Any = None
+
+    def add(self, error: BaseException, now: float) -> None:
+        self.since, self.last, self.error = min(self.since, now), now, error
+
+    def last_long(self, now: float) -> bool:
+        return now - self.since >= 5 and now - self.last < 5
+
+
 @dataclass(frozen=True)
 class TopicState:
     """What the brokers said of the topic. A partition whose leader does not answer is in
@@ -669,7 +684,7 @@ class Monitor:
         self.latest: TopicState | None = None
         self.asking: Future[TopicState] | None = None
         self.asked_at, self.unanswered_since = -math.inf, math.inf
-        self.refused_since, self.refusal = math.inf, Exception()  # what is asked, as a whole
+        self.refusals = Refusals()
         self.notices = config.Notices(clock)
         self.shown_at, self.shown = clock(), 0
         self.ended = False
@@ -684,10 +699,10 @@ class Monitor:
         now = self.clock()
         if self.asking and self.asking.done():
             if isinstance(error := self.asking.exception(), KafkaError):
-                self.refused_since, self.refusal = min(self.refused_since, now), error
+                self.refusals.add(error, now)
             else:
-                self.latest = self.asking.result()
-                self.unanswered_since = self.refused_since = math.inf
+                self.latest, self.unanswered_since = self.asking.result(), math.inf
+                self.refusals = Refusals()
             self.asking = None
         wanted = self.latest is None or self.latest.asked_at <= self.sink.state_wanted_at
         if self.asking is None and now - self.asked_at >= (0.05 if wanted else LOOK_EVERY):
@@ -727,10 +742,11 @@ class Monitor:
                 text = f"{topic}/{tp.partition} stands still{at}: {why}; the others go on"
                 found[f"{topic}/{tp.partition} moves"] = config.Problem(text)
         group = f"group {sink.settings.kafka_group_id}"
-        for what, asked in (("commit", sink), ("question for its positions", self)):
-            if now - asked.refused_since >= 5:
+        asked = {"commit": sink.refusals, "question for its positions": self.refusals}
+        for what, refusals in asked.items():
+            if refusals.last_long(now):
                 text = (
-                    f"{group}: the broker takes no {what}: {code_of(asked.refusal)}"
+                    f"{group}: the broker takes no {what}: {code_of(refusals.error)}"
                     f"{config.last_words}; are enough replicas of __consumer_offsets in sync, may"
                     " this user read the group? Nothing is lost"
                 )
@@ -741,7 +757,7 @@ class Monitor:
 
     def lag(self, now: float) -> dict[int, int | None]:
         """Records not yet done, by partition; None where it is not known."""
-        answered = now - self.unanswered_since < 2 and self.refused_since == math.inf
+        answered = now - self.unanswered_since < 2 and not self.refusals.error
         known = self.latest.ends if self.latest and answered else {}
         lag: dict[int, int | None] = {tp.partition: None for tp in self.sink.assigned}
         for tp, partition in list(self.sink.partitions.items()):
@@ -843,8 +859,6 @@ class Sink(ConsumerRebalanceListener):
     range_unknown: bool = False  # a position was out of the topic's range
     unreadable: config.Unreadable | None = None  # of a record that comes next
     committed_at: float = -math.inf
-    refused_since: float = math.inf  # commits
-    refusal: Any = None
     polled_at: float = -math.inf
     stepped_at: float = math.inf
     waits_since: float = math.inf  # for a partition
@@ -854,6 +868,7 @@ class Sink(ConsumerRebalanceListener):
 
     def __post_init__(self) -> None:
         self.notices = config.Notices(self.clock)
+        self.refusals = Refusals()  # of commits
         # What fails, until something is done again: a rebalance ends a hold and proves nothing.
         self.failing: dict[str, config.Problem] = {}
 
@@ -1061,11 +1076,11 @@ class Sink(ConsumerRebalanceListener):
         except KafkaError as error:
             raise_unless_transient(error)
             self.suspect()
-            self.refused_since, self.refusal = min(self.refused_since, self.clock()), error
+            self.refusals.add(error, self.clock())
             return False
         finally:
             self.called_at = math.inf
-        self.refused_since = math.inf
+        self.refusals = Refusals()
         self.last_committed |= {tp: at.offset for tp, at in positions.items()}
         if not self.verified:  # what was asked meanwhile may be from before this commit
             self.suspect()
@@ -1341,7 +1356,7 @@ class Sink(ConsumerRebalanceListener):
         for tp in assigned:
             self.consumer.seek(tp, 0)  # else the client looks for a position of its own
         self.waits_since, self.assigned = self.clock(), frozenset(assigned)
-        self.unpinned_since = self.refused_since = math.inf
+        self.unpinned_since, self.refusals = math.inf, Refusals()
         if not self.assigned:  # what fails is others' to say, and its end too
             self.failing, self.notices = {}, config.Notices(self.clock)
         # What others commit on a partition that was ours may be below what we did.

@@ -694,6 +694,19 @@ def test_commits_that_the_broker_refuses_are_said_and_so_is_their_end(sinks, clo
     assert any("the broker takes a commit again" in line for line in lines())
 
 
+def test_a_commit_that_an_outage_cut_off_is_not_one_that_the_broker_refuses(sinks, clock, lines):
+    sink, topic, _uploads = sinks(50)
+    stepping(sink, clock, 1)
+    sink.consumer.errors["commit"] = [KafkaTimeoutError("why")]
+    topic.look_takes = lambda: math.inf
+    topic.ends[TP] = 100
+    stepping(sink, clock, 20)
+    topic.look_takes = lambda: 0.003
+    stepping(sink, clock, 5)
+    assert topic.group == {TP: 100}
+    assert not any("takes no commit" in line for line in lines())
+
+
 def test_a_group_whose_positions_cannot_be_asked_is_said(sinks, clock, lines):
     sink, topic, _uploads = sinks(50)
     look = sink.monitor.ask
