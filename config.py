@@ -1075,6 +1075,8 @@ class Stop:
             raise Failure(f"{self.dead_thread}; nothing is lost, start it again")
 
     def _handle(self, signum: int, frame: object) -> None:
+        if self.requested:  # both came at once, and `signal.signal` below handles the other first
+            _end_at_once(signum, frame)
         self.requested = True
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _end_at_once)
