@@ -1380,7 +1380,7 @@ class Sink(ConsumerRebalanceListener):
             )
         return (
             f"waiting for group {group} to share out its partitions: a member that was killed is"
-            f" missed after {SESSION_MS / 1000:.0f} s{config.last_words}"
+            f" missed after {SESSION_MS / 1000:.0f} s"
         )
 
     def waits_for_position(self, now: float) -> str:
