@@ -18,7 +18,7 @@ from config import Failure, S3Error
 from kafka_consumer import BYTES_IN_HAND, TIMEOUT, WINDOW, Conflict, Sink, run
 from tests.fakes import TOPIC, Broker, Client, Clock, Uploads, a_sink
 
-SCHEDULES = int(os.environ.get("SCHEDULES", "500"))
+SCHEDULES = int(os.environ.get("SCHEDULES", "300"))
 POLL_BYTES = 2**22  # what one poll brings at most, beside one record
 
 

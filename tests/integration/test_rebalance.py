@@ -44,6 +44,7 @@ def test_a_member_that_joins_and_one_that_leaves_send_nothing_again(
             assert first.wait() == 0
             seen = len(second.lines())
             until(lambda: len(second.lines()) > seen + 100)
+        faulty.latency = 0.01
         prove(run, kafka, settings, objects)
         second.terminate()
         assert second.wait() == 0
