@@ -417,14 +417,15 @@ def _line_problems(file: Path, line: Binding) -> Iterator[Unread]:
     name, value, text = line.key or "", line.value, line.original.string
     # For the parser the blank lines before a line are its own.
     number = line.original.line + text[: len(text) - len(text.lstrip())].count("\n")
-    where = f"{file}, line {number}: {name}"
+    place = f"{file}, line {number}"
+    where = f"{place}: {name}"
     settings = [each.name.upper() for each in fields(Settings)]
     ours = name.upper().startswith(("KAFKA_", "S3_"))
     close = difflib.get_close_matches(name.upper(), settings, 1, 0.78 if ours else 0.9)
     if line.error or value is None or "\0" in value or re.search("[=\0]", name):
         first = re.search(r"\w+", text.strip().removeprefix("export "))
-        problem = f"{file}, line {number}: must be NAME=value, with no quotes or a pair of them"
-        yield Unread(first[0] if first else "", problem)
+        problem = "must be NAME=value, with no quotes or a pair of them"
+        yield Unread(first[0] if first else "", f"{place}: {problem}")
     elif set(re.findall(r"[\x00-\x1f]", value)) - set(text.strip()):
         problem = "in double quotes a backslash makes a control character; use single quotes"
         yield Unread(name, f"{where}: {problem}")
@@ -790,10 +791,8 @@ if KafkaClient:
         (87, "InvalidRecordError", False),
         (88, "UnstableOffsetCommitError", True),
     ):
-        _known = {"errno": _code, "message": _name, "retriable": _passes}
-        kafka_errors[_code] = type(
-            _name, (BrokerResponseError,), _known | {"invalid_metadata": _passes}
-        )
+        _about = dict(errno=_code, message=_name, retriable=_passes, invalid_metadata=_passes)
+        kafka_errors[_code] = type(_name, (BrokerResponseError,), _about)
 
 
 def track_topic(consumer: KafkaConsumer, topic: str) -> None:

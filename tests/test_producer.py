@@ -940,7 +940,8 @@ def test_a_compacted_topic_that_refuses_a_record_without_a_key_is_explained(cloc
     broker.errors[0] = for_code(87)()
     sender = Sender(broker, "test", 1, clock)
     sender.submit(ROW)
-    with pytest.raises(Failure, match=r"InvalidRecordError.*policy=compact.*without a key"):
+    why = r"InvalidRecordError.*cleanup\.policy=compact.*without a key"
+    with pytest.raises(Failure, match=why):
         sender.settle(1)
 
 

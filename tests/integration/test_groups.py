@@ -52,7 +52,7 @@ def test_a_restart_after_kill_9_says_that_it_waits_for_the_group(run, env, kafka
     assert second.wait() == 0
 
 
-def test_commits_that_the_broker_does_not_take_are_said(run, env, own, s3, objects):
+def test_commits_that_the_broker_does_not_take_are_said(run, env, own, objects):
     """Fewer copies of the topic of positions are in sync than it wants."""
     topic, group = env["KAFKA_TOPIC"], env["KAFKA_GROUP_ID"]
     own.create_topic(topic)
